@@ -1,0 +1,59 @@
+# Works in a fresh clone: every target first builds what it needs of .venv, with `python3` or the interpreter named by
+# `make PYTHON=... TARGET`. Where packages come from is pip's own configuration (pip.conf, PIP_* variables).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help demo test lint style
+
+help:
+	@echo "make demo   draw demo.png with the small model inside the package"
+	@echo "make test   run the fast tests"
+	@echo "make lint   check style (ruff) and types (mypy)"
+	@echo "make style  mend what ruff can mend"
+
+demo: $(VENV)/.package
+	$(BIN)/hack-pipelines demo --output demo.png
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Each stamp marks what .venv holds by then. They form one chain, so that two installs never run side by side.
+
+# Torch comes first and alone: a build that pip's configuration offers (CPU, CUDA, ...) is then in place when the
+# package's requirements are resolved.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "hack_pipelines needs Python 3.11 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH), the largest download"
+	@$(PIP_INSTALL) $(TORCH)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch setup.cfg pyproject.toml
+	@echo "Installing hack_pipelines"
+	@$(PIP_INSTALL) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	@echo "Installing what the tests need"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@echo "Installing ruff and mypy"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[test,dev]'
+	@touch $@

@@ -1,0 +1,54 @@
+"""Visual autoregressive image generation in diffusers' form, with head-aware compression of the key/value cache."""
+
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+# Importing torch, transformers and diffusers takes seconds: each name is imported when it is first used (PEP 562), so
+# that `hack-pipelines --help` and tools that only ask for the version do not pay for them.
+_EXPORTS = {
+    "Cache": "cache.cache",
+    "CacheReport": "cache.report",
+    "FullCache": "cache.cache",
+    "HACK": "methods.hack",
+    "HackVARClassPipeline": "pipelines.pipeline_hack_var_class",
+    "HackVARPipeline": "pipelines.pipeline_hack_var",
+    "HackVARPipelineOutput": "pipelines.pipeline_output",
+    "HeadGroupCache": "cache.head_group",
+    "HeadProfile": "profiles.head_profile",
+    "Method": "methods.base",
+    "MultiScaleVQModel": "models.autoencoder_msvq",
+    "Random": "methods.random",
+    "ScaleWindow": "methods.scale_window",
+    "VARTransformer2DModel": "models.transformer_var",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from .cache.cache import Cache, FullCache
+    from .cache.head_group import HeadGroupCache
+    from .cache.report import CacheReport
+    from .methods.base import Method
+    from .methods.hack import HACK
+    from .methods.random import Random
+    from .methods.scale_window import ScaleWindow
+    from .models.autoencoder_msvq import MultiScaleVQModel
+    from .models.transformer_var import VARTransformer2DModel
+    from .pipelines.pipeline_hack_var import HackVARPipeline
+    from .pipelines.pipeline_hack_var_class import HackVARClassPipeline
+    from .pipelines.pipeline_output import HackVARPipelineOutput
+    from .profiles.head_profile import HeadProfile
+else:
+    # Hidden from type checkers, which would otherwise accept any misspelt name.
+    def __getattr__(name):
+        if name not in _EXPORTS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _EXPORTS.keys())

@@ -1,0 +1,79 @@
+"""What a user may write as a budget, and how many tokens that is."""
+
+import math
+import re
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from ..methods.base import Geometry
+
+
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+BYTES_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
+EXPECTED = (
+    "a fraction of the full cache (a float in (0, 1]), a number of tokens per head (an int), or bytes per image such as "
+    '"64MB" or "1.5GiB"'
+)
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """
+    What a token costs.
+
+    Args:
+        rows_per_image (`int`):
+            1, or 2 with guidance.
+        itemsize (`int`):
+            Bytes of a stored element.
+    """
+
+    rows_per_image: int
+    itemsize: int
+
+    def per_token(self, geometry: Geometry) -> int:
+        """Bytes of one token in all layers and heads of an image."""
+        channels = geometry.num_layers * geometry.num_heads * geometry.head_dim
+        return self.rows_per_image * channels * 2 * self.itemsize
+
+
+def budget_tokens(budget: float | int | str, geometry: Geometry, token_bytes: TokenBytes, name: str = "kv_budget") -> int:
+    """
+    A budget in tokens per layer and head, `B`.
+
+    Args:
+        budget (`float`, `int` or `str`):
+            A fraction of the full cache in (0, 1], a number of tokens, or bytes per image; "MB" is 10^6 bytes and "MiB"
+            is 2^20.
+        geometry (`Geometry`):
+            Of the model.
+        token_bytes (`TokenBytes`):
+            What a token costs, for budgets in bytes.
+        name (`str`, *optional*, defaults to `"kv_budget"`):
+            What the error message calls it.
+
+    Returns:
+        `int`: tokens, at least 0.
+
+    Raises:
+        `TypeError`: if it is neither a number nor a string.
+        `ValueError`: if the number or the string is not a budget.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (Real, str)):
+        raise TypeError(f"`{name}` must be {EXPECTED}, but is {budget!r} of type {type(budget).__name__}.")
+    if isinstance(budget, str):
+        match = BYTES_PATTERN.fullmatch(budget)
+        if match is None or match[2].lower() not in UNITS:
+            raise ValueError(f"`{name}` must be {EXPECTED}, but is {budget!r}.")
+        available = int(float(match[1]) * UNITS[match[2].lower()])
+        return available // token_bytes.per_token(geometry)
+    if isinstance(budget, Integral):
+        if budget < 1:
+            raise ValueError(f"`{name}` must be at least 1 token when it is an int, but is {budget!r}.")
+        return int(budget)
+    value = float(budget)
+    if not 0 < value <= 1:
+        hint = f" For {math.floor(value)} tokens write an int." if value > 1 and math.isfinite(value) else ""
+        raise ValueError(f"`{name}` must be {EXPECTED}, but is {budget!r}.{hint}")
+    # The epsilon keeps 0.7 * 680 = 475.99999999999994 at 476 tokens.
+    return math.floor(value * geometry.schedule.total + 1e-6)

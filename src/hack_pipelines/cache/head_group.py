@@ -1,0 +1,178 @@
+"""The cache that compresses: heads of equal length are stored and attended to together."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..methods.base import Method, Plan, StepView
+from ..methods.selection import top
+from .attention import attention
+from .cache import Cache, joined
+
+
+@dataclass
+class HeadGroup:
+    """Heads of one layer that hold the same number of tokens; keys and values are `[rows, heads, tokens, head_dim]`."""
+
+    heads: tuple[int, ...]
+    label: str
+    index: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class HeadGroupCache(Cache):
+    """
+    Holds what a method keeps: a few groups of heads a layer, each one contiguous tensor without padding or mask.
+
+    A plan gives the lengths, a method the ranking; this class selects, frees, attends and counts. As long as nothing has
+    to go, all heads stay together and the results are those of [`FullCache`] to the last bit.
+
+    Args:
+        plan (`Plan`):
+            Lengths of every layer, group and step.
+        method (`Method`):
+            Ranks the tokens when some have to go.
+        guided (`bool`, *optional*, defaults to `False`):
+            Whether the second half of the rows are the unconditional ones of guidance.
+    """
+
+    def __init__(self, plan: Plan, method: Method, guided: bool = False):
+        self.plan = plan
+        self.method = method
+        super().__init__(plan.schedule, len(plan.layers), guided)
+
+    def reset(self):
+        super().reset()
+        self.groups: list[list[HeadGroup]] = [[] for _ in range(self.num_layers)]
+        self._non_finite: dict[torch.device, torch.Tensor] = {}
+
+    def _tensors(self, layer_idx):
+        return (tensor for group in self.groups[layer_idx] for tensor in (group.key, group.value))
+
+    def _attend(self, layer_idx, step, query, key, value, scale):
+        if not self.groups[layer_idx]:
+            self.groups[layer_idx] = [self._whole(layer_idx, key, value)]
+        groups = self.groups[layer_idx] = self._split(layer_idx, step)
+        plan = self.plan.layers[layer_idx]
+        lengths = list(zip(groups, plan.attend[step], plan.store[step]))
+        if len(groups) == 1:
+            output = self._attend_group(layer_idx, step, groups[0], query, key, value, scale, *lengths[0][1:])
+        else:
+            output = torch.empty_like(query)
+            for group, attend, store in lengths:
+                parts = (tensor.index_select(1, group.index) for tensor in (query, key, value))
+                part = self._attend_group(layer_idx, step, group, *parts, scale, attend, store)
+                output.index_copy_(1, group.index, part)
+        if step == len(self.schedule) - 1:
+            self.groups[layer_idx] = []
+        if layer_idx == self.num_layers - 1:
+            self._check_finite()
+        return output, sum(len(group.heads) * attend for group, attend, _ in lengths)
+
+    def _whole(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> HeadGroup:
+        """All heads of a layer in one group, without a history yet."""
+        plan = self.plan.layers[layer_idx]
+        heads = tuple(range(key.shape[1]))
+        label = plan.labels[0] if len(plan.groups) == 1 else ""
+        return HeadGroup(heads, label, torch.tensor(heads, device=key.device), key[:, :, :0], value[:, :, :0])
+
+    def _split(self, layer_idx: int, step: int) -> list[HeadGroup]:
+        """The layer's groups: all heads together until lengths differ, because one call is exact and faster."""
+        groups, plan = self.groups[layer_idx], self.plan.layers[layer_idx]
+        if len(groups) == len(plan.groups):
+            return groups
+        whole = groups[0]
+        present = whole.key.shape[2] + self.schedule.lengths[step]
+        stored = present if step < len(self.schedule) - 1 else 0
+        if all(count == present for count in plan.attend[step]) and all(count == stored for count in plan.store[step]):
+            return groups
+        split = []
+        for heads, label in zip(plan.groups, plan.labels):
+            index = torch.tensor(heads, device=whole.key.device)
+            parts = whole.key.index_select(1, index), whole.value.index_select(1, index)
+            split.append(HeadGroup(heads, label, index, *parts))
+        return split
+
+    def _attend_group(
+        self,
+        layer_idx: int,
+        step: int,
+        group: HeadGroup,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        attend: int,
+        store: int,
+    ) -> torch.Tensor:
+        """Attention of one group, which afterwards holds `store` tokens."""
+        view = StepView(
+            schedule=self.schedule,
+            step=step,
+            layer=layer_idx,
+            heads=group.heads,
+            label=group.label,
+            budget=self.plan.budget,
+            query=query,
+            key=key,
+            value=value,
+            stored_key=group.key,
+            stored_value=group.value,
+            scale=scale,
+            guided=self.guided,
+        )
+        present = view.num_present
+        ranking = None
+        if attend < present or 0 < store < present:
+            scores, tiers = self.method.rank(view)
+            self._note_finite(scores)
+            ranking = (scores, tiers)
+        if attend < present:
+            kept = top(ranking[0], attend, ranking[1])
+            seen = self.method.merge(view, kept, gathered(group.key, key, kept), gathered(group.value, value, kept))
+        else:
+            seen = joined(group.key, key), joined(group.value, value)
+        if store == 0:
+            held = key[:, :, :0].clone(), value[:, :, :0].clone()
+        elif store == attend:
+            held = seen
+        else:
+            kept = top(ranking[0], store, ranking[1])
+            held = gathered(group.key, key, kept), gathered(group.value, value, kept)
+        group.key, group.value = held
+        # The view is the last to hold the old history; attention should not run while it is alive.
+        del view
+        return attention(query, *seen, scale)
+
+    def _note_finite(self, scores: torch.Tensor):
+        """Remember on the device whether a score was not finite: asking at once would wait for a GPU at every layer."""
+        bad = ~torch.isfinite(scores).all()
+        known = self._non_finite.get(bad.device)
+        self._non_finite[bad.device] = bad if known is None else known | bad
+
+    def _check_finite(self):
+        if any(bool(bad) for bad in self._non_finite.values()):
+            raise ValueError(
+                f"Method {self.method.name!r} got scores that are not finite. The model's keys or values overflowed: "
+                "use a dtype with a larger range (bfloat16 or float32)."
+            )
+
+
+def gathered(stored: torch.Tensor, current: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """
+    Tokens at some positions of history and current tokens together, without joining the two.
+
+    Args:
+        stored, current (`torch.Tensor`):
+            `[rows, heads, tokens, head_dim]`.
+        kept (`torch.Tensor`):
+            Positions `[rows, heads, kept]`, counted through history and then the current tokens.
+    """
+    index = kept.unsqueeze(-1).expand(-1, -1, -1, current.shape[-1])
+    count = stored.shape[2]
+    if count == 0:
+        return current.gather(2, index)
+    old = stored.gather(2, index.clamp_max(count - 1))
+    new = current.gather(2, (index - count).clamp_min(0))
+    return torch.where(index < count, old, new)

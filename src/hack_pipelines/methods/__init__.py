@@ -1,0 +1,28 @@
+"""Compression methods, one file each, and the list of them."""
+
+from .base import Geometry, LayerPlan, Method, Plan, StepView
+from .hack import HACK
+from .random import Random
+from .scale_window import ScaleWindow
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (HACK, Random, ScaleWindow)}
+
+
+def get_method(method: str | Method) -> Method:
+    """
+    A method by name, with its default options, or the instance itself.
+
+    Raises:
+        `ValueError`: if there is no method of that name.
+    """
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise ValueError(
+            f"`method` must be one of {', '.join(map(repr, METHODS))} or an instance of a method but is {method!r}."
+        )
+    return METHODS[method]()
+
+
+__all__ = ["METHODS", "HACK", "Geometry", "LayerPlan", "Method", "Plan", "Random", "ScaleWindow", "StepView", "get_method"]

@@ -1,0 +1,216 @@
+"""HACK: head-aware compression with two head types (arXiv 2504.09261)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from .base import Geometry, LayerPlan, Method, Plan, StepView, check_choice
+from .selection import observed_positions
+
+
+if TYPE_CHECKING:
+    from ..profiles.head_profile import HeadProfile
+
+
+CONTEXTUAL, STRUCTURAL = "contextual", "structural"
+
+
+@dataclass
+class HACK(Method):
+    """
+    Two head types, two budgets, two rules; what a step attends to is what it stores.
+
+    Contextual heads, whose attention hardly depends on the query, get a small budget and keep the tokens with the most
+    attention. Structural heads, which follow position, get a large one and keep the first scales, the current scale and
+    the best of what lies between. At the last step, what contextual heads drop is merged into what they keep.
+
+    Args:
+        alpha (`float`, *optional*, defaults to 0.5):
+            Share of heads that are contextual: those with the lowest variance over queries (section 3.2 of the paper).
+        contextual_ratio (`float`, *optional*, defaults to 1/3):
+            Budget of a contextual head over the average budget. The paper does not print it; a third gives the
+            tolerances that it reports, 10 % and 50 % of the tokens, at its setting of 70 % compression.
+        n_obs (`int`, *optional*, defaults to 32):
+            Queries that score the keys; all of them while a scale has at most twice as many.
+        query_sampling (`"lattice"` or `"linspace"`, *optional*, defaults to `"lattice"`):
+            Where these queries lie: spread over the grid, or at equal distances in raster order.
+        init_scales (`int`, *optional*, defaults to 2):
+            First scales that structural heads never lose.
+        merge_at (`"final"`, `"every"` or `"never"`, *optional*, defaults to `"final"`):
+            At which steps contextual heads merge what they drop into what they keep.
+        cfg_sets (`"separate"` or `"from_cond"`, *optional*, defaults to `"separate"`):
+            Whether unconditional rows choose for themselves or take over the choice of their conditional rows.
+        rules (`"matched"` or `"swapped"`, *optional*, defaults to `"matched"`):
+            `"swapped"` gives each head type the other one's selection rule, the paper's ablation.
+    """
+
+    name: ClassVar[str] = "hack"
+    protocol: ClassVar[str] = "pre"
+    needs_profile: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv 2504.09261"
+
+    alpha: float = 0.5
+    contextual_ratio: float = 1 / 3
+    n_obs: int = 32
+    query_sampling: str = "lattice"
+    init_scales: int = 2
+    merge_at: str = "final"
+    cfg_sets: str = "separate"
+    rules: str = "matched"
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"`alpha` must lie in [0, 1] but is {self.alpha}.")
+        if not 0 < self.contextual_ratio <= 1:
+            raise ValueError(f"`contextual_ratio` must lie in (0, 1] but is {self.contextual_ratio}.")
+        if self.n_obs < 1 or self.init_scales < 0:
+            raise ValueError(
+                f"`n_obs` must be at least 1 and `init_scales` at least 0 but they are {self.n_obs}, {self.init_scales}."
+            )
+        check_choice("query_sampling", self.query_sampling, ("lattice", "linspace"))
+        check_choice("merge_at", self.merge_at, ("final", "every", "never"))
+        check_choice("cfg_sets", self.cfg_sets, ("separate", "from_cond"))
+        check_choice("rules", self.rules, ("matched", "swapped"))
+
+    def budgets(self, budget: int, num_contextual: int, num_structural: int, total: int) -> tuple[int, int]:
+        """
+        Tokens for a contextual and for a structural head, `(B_C, B_S)`, that average to at most `budget`.
+
+        Args:
+            budget (`int`):
+                Average over all heads.
+            num_contextual, num_structural (`int`):
+                Heads of each type in the whole model.
+            total (`int`):
+                Tokens of the full cache, which no head can exceed.
+        """
+        if not num_contextual or not num_structural:
+            return min(budget, total), min(budget, total)
+        everything = budget * (num_contextual + num_structural)
+        contextual = int(budget * self.contextual_ratio + 1e-6)
+        structural = (everything - contextual * num_contextual) // num_structural
+        if structural > total:
+            structural = total
+            contextual = min(total, (everything - structural * num_structural) // num_contextual)
+        return contextual, structural
+
+    def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
+        types = self._contextual(geometry, profile)
+        num_contextual = int(types.sum())
+        protected = sum(geometry.schedule.lengths[: self.init_scales])
+        for budget in range(1, geometry.schedule.total + 1):
+            contextual, structural = self.budgets(
+                budget, num_contextual, types.numel() - num_contextual, geometry.schedule.total
+            )
+            if contextual >= 1 and structural > protected:
+                return budget
+        return geometry.schedule.total
+
+    def plan(self, geometry: Geometry, budget: int, profile: "HeadProfile | None") -> Plan:
+        types = self._contextual(geometry, profile)
+        num_contextual = int(types.sum())
+        limits = dict(
+            zip(
+                (CONTEXTUAL, STRUCTURAL),
+                self.budgets(budget, num_contextual, types.numel() - num_contextual, geometry.schedule.total),
+            )
+        )
+        layers = []
+        for flags in types.tolist():
+            members = {
+                CONTEXTUAL: tuple(head for head, flag in enumerate(flags) if flag),
+                STRUCTURAL: tuple(head for head, flag in enumerate(flags) if not flag),
+            }
+            labels = tuple(label for label, heads in members.items() if heads)
+            layers.append(
+                LayerPlan.from_limits(
+                    geometry.schedule,
+                    tuple(members[label] for label in labels),
+                    labels,
+                    tuple(limits[label] for label in labels),
+                    self.protocol,
+                )
+            )
+        return Plan(geometry.schedule, budget, tuple(layers))
+
+    def rank(self, view: StepView) -> tuple[torch.Tensor, torch.Tensor | None]:
+        positions = observed_positions(
+            view.schedule.sizes[view.step], self.n_obs, self.query_sampling, view.query.device
+        )
+        scores = view.attention_columns(positions)
+        if self.cfg_sets == "from_cond" and view.guided:
+            scores = scores[: len(scores) // 2].repeat(2, 1, 1)
+        if (view.label == STRUCTURAL) == (self.rules == "matched"):
+            return scores, self._structural_tiers(view)
+        return scores, None
+
+    def merge(
+        self, view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = self.merge_at == "every" or (self.merge_at == "final" and view.is_last)
+        if not wanted or view.label != CONTEXTUAL:
+            return key, value
+        return merge_by_cosine(view, kept, key, value)
+
+    def _contextual(self, geometry: Geometry, profile: "HeadProfile | None") -> torch.Tensor:
+        if profile is None:
+            raise ValueError("HACK needs a head profile to tell contextual heads from structural ones but got none.")
+        return profile.contextual_heads(self.alpha)
+
+    def _structural_tiers(self, view: StepView) -> torch.Tensor:
+        """
+        First scales before current tokens before what lies between.
+
+        When all current tokens fit this keeps them all, and fills up from between; when they do not, the best of them
+        stay and nothing in between does. The first scales are never lost, so they are the first positions.
+        """
+        tiers = torch.ones(view.num_present, dtype=torch.long)
+        tiers[view.num_stored :] = 2
+        if view.step >= self.init_scales:
+            tiers[: min(sum(view.schedule.lengths[: self.init_scales]), view.num_stored)] = 3
+        return tiers.to(view.query.device, non_blocking=True)
+
+
+def merge_by_cosine(
+    view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Add every dropped token to the kept one with the most similar key, weighted by their cosine, and average.
+
+    `X_r <- (X_r + sum_e w_e X_e) / (1 + sum_e w_e)` with `w_e = max(0, cos(K_e, K_r))` for `X = K` and `X = V`, in
+    float32, after LOOK-M (arXiv 2406.18139). History and current tokens are taken one after the other, never joined.
+
+    Args:
+        view (`StepView`):
+            The step, whose present tokens are merged.
+        kept (`torch.Tensor`):
+            Positions that stay, `[rows, heads, kept]`.
+        key, value (`torch.Tensor`):
+            Keys and values at these positions.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: keys and values `[rows, heads, kept, head_dim]` in their own dtype.
+    """
+    dropped = torch.ones(*kept.shape[:2], view.num_present, dtype=torch.bool, device=kept.device)
+    dropped.scatter_(2, kept, False)
+    merged_key, merged_value = key.float(), value.float()
+    unit_kept = F.normalize(merged_key, dim=-1)
+    weight_sums = torch.ones(kept.shape, device=kept.device)
+    parts = ((view.stored_key, view.stored_value), (view.key, view.value))
+    for (part_key, part_value), mask in zip(parts, dropped.split([view.num_stored, view.key.shape[2]], dim=2)):
+        if not part_key.shape[2]:
+            continue
+        cosines = F.normalize(part_key.float(), dim=-1) @ unit_kept.transpose(-1, -2)
+        weights, target = cosines.max(-1, keepdim=True)
+        weights = weights.clamp_min(0) * mask.unsqueeze(-1)
+        # A matrix product sums in a fixed order on every device, where scattering would not on a GPU.
+        assignment = torch.zeros_like(cosines).scatter_(-1, target, weights).transpose(-1, -2)
+        merged_key = merged_key + assignment @ part_key.float()
+        merged_value = merged_value + assignment @ part_value.float()
+        weight_sums = weight_sums + assignment.sum(-1)
+    weight_sums = weight_sums.unsqueeze(-1)
+    return (merged_key / weight_sums).to(key.dtype), (merged_value / weight_sums).to(value.dtype)
+
+
