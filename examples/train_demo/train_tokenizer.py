@@ -32,6 +32,7 @@ PLAIN_STEPS = 300
 LEARNING_RATE = 1e-3
 DECAY_START = 0.4
 COMMITMENT = 0.25
+COLOUR_WEIGHT = 2.0
 EVALUATE_SECONDS = 120
 
 
@@ -76,8 +77,8 @@ def quantise(model: MultiScaleVQModel, features: torch.Tensor, schedule: Schedul
 
 
 def reconstruction_loss(output: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """L1 on pixels and on their differences, at two resolutions: flat colours and sharp edges, no averaging blur."""
-    loss = torch.zeros(())
+    """L1 on pixels and on their differences, at two resolutions, for sharp edges; squares for the rarer colours."""
+    loss = COLOUR_WEIGHT * F.mse_loss(output, images)
     for _ in range(2):
         loss = loss + F.l1_loss(output, images)
         for dim in (2, 3):
@@ -187,7 +188,9 @@ def train(folder: Path, runs: Path, minutes: float, batch_size: int) -> Path:
                 step=step, seconds=seconds, images=step * batch_size, loss=float(loss), psnr=psnr, codes=codes,
                 quantiser_loss=0.0 if quantised is None else float(quantised.loss), restarted=restarted,
             )  # fmt: skip
-            tqdm.write(f"step {step}: loss {float(loss):.4f}, held out {psnr:.2f} dB, {codes} codes, {restarted} moved")
+            tqdm.write(
+                f"step {step}: loss {float(loss):.4f}, held out {psnr:.2f} dB, {codes} codes, {restarted} moved"
+            )
             save_checkpoint(
                 runs / "tokenizer.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
                 usage=dead_codes.usage, step=step, elapsed=seconds,
@@ -202,8 +205,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=here / "data", help="folder that data.py wrote")
     parser.add_argument("--runs", type=Path, default=here / "runs", help="folder of checkpoints and logs")
-    parser.add_argument("--minutes", type=float, default=25, help="training time, stops not counted")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--minutes", type=float, default=28, help="training time, stops not counted")
+    parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     print(train(arguments.data, arguments.runs, arguments.minutes, arguments.batch_size))

@@ -37,7 +37,9 @@ class TokenBytes:
         return self.rows_per_image * channels * 2 * self.itemsize
 
 
-def budget_tokens(budget: float | int | str, geometry: Geometry, token_bytes: TokenBytes, name: str = "kv_budget") -> int:
+def budget_tokens(
+    budget: float | int | str, geometry: Geometry, token_bytes: TokenBytes, name: str = "kv_budget"
+) -> int:
     """
     A budget in tokens per layer and head, `B`.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..methods.base import Method, Plan, StepView
-from ..methods.selection import top
+from ..methods.selection import count_before, top
 from .attention import attention
 from .cache import Cache, joined
 
@@ -57,12 +57,13 @@ class HeadGroupCache(Cache):
         plan = self.plan.layers[layer_idx]
         lengths = list(zip(groups, plan.attend[step], plan.store[step]))
         if len(groups) == 1:
-            output = self._attend_group(layer_idx, step, groups[0], query, key, value, scale, *lengths[0][1:])
+            _, attend, store = lengths[0]
+            output = self._attend_group(layer_idx, step, groups[0], query, key, value, scale, attend, store)
         else:
             output = torch.empty_like(query)
             for group, attend, store in lengths:
-                parts = (tensor.index_select(1, group.index) for tensor in (query, key, value))
-                part = self._attend_group(layer_idx, step, group, *parts, scale, attend, store)
+                own_query, own_key, own_value = (part.index_select(1, group.index) for part in (query, key, value))
+                part = self._attend_group(layer_idx, step, group, own_query, own_key, own_value, scale, attend, store)
                 output.index_copy_(1, group.index, part)
         if step == len(self.schedule) - 1:
             self.groups[layer_idx] = []
@@ -123,14 +124,13 @@ class HeadGroupCache(Cache):
             guided=self.guided,
         )
         present = view.num_present
-        ranking = None
         if attend < present or 0 < store < present:
             scores, tiers = self.method.rank(view)
             self._note_finite(scores)
-            ranking = (scores, tiers)
         if attend < present:
-            kept = top(ranking[0], attend, ranking[1])
-            seen = self.method.merge(view, kept, gathered(group.key, key, kept), gathered(group.value, value, kept))
+            kept, num_old = top(scores, attend, tiers), count_before(view.num_stored, attend, present, tiers)
+            seen = gathered(group.key, key, kept, num_old), gathered(group.value, value, kept, num_old)
+            seen = self.method.merge(view, kept, *seen)
         else:
             seen = joined(group.key, key), joined(group.value, value)
         if store == 0:
@@ -138,8 +138,8 @@ class HeadGroupCache(Cache):
         elif store == attend:
             held = seen
         else:
-            kept = top(ranking[0], store, ranking[1])
-            held = gathered(group.key, key, kept), gathered(group.value, value, kept)
+            kept, num_old = top(scores, store, tiers), count_before(view.num_stored, store, present, tiers)
+            held = gathered(group.key, key, kept, num_old), gathered(group.value, value, kept, num_old)
         group.key, group.value = held
         # The view is the last to hold the old history; attention should not run while it is alive.
         del view
@@ -159,7 +159,9 @@ class HeadGroupCache(Cache):
             )
 
 
-def gathered(stored: torch.Tensor, current: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def gathered(
+    stored: torch.Tensor, current: torch.Tensor, kept: torch.Tensor, num_old: int | None = None
+) -> torch.Tensor:
     """
     Tokens at some positions of history and current tokens together, without joining the two.
 
@@ -167,12 +169,28 @@ def gathered(stored: torch.Tensor, current: torch.Tensor, kept: torch.Tensor) ->
         stored, current (`torch.Tensor`):
             `[rows, heads, tokens, head_dim]`.
         kept (`torch.Tensor`):
-            Positions `[rows, heads, kept]`, counted through history and then the current tokens.
+            Positions `[rows, heads, kept]`, ascending, counted through history and then the current tokens.
+        num_old (`int`, *optional*):
+            How many of them lie in the history, where that is the same for every row and head.
     """
-    index = kept.unsqueeze(-1).expand(-1, -1, -1, current.shape[-1])
     count = stored.shape[2]
-    if count == 0:
-        return current.gather(2, index)
-    old = stored.gather(2, index.clamp_max(count - 1))
-    new = current.gather(2, (index - count).clamp_min(0))
-    return torch.where(index < count, old, new)
+    if num_old is None:
+        # Both parts are read for every position: which of the two is right differs by row and head.
+        old = tokens_at(stored, kept.clamp_max(count - 1))
+        new = tokens_at(current, (kept - count).clamp_min(0))
+        return torch.where(kept.unsqueeze(-1) < count, old, new)
+    if num_old == 0:
+        return tokens_at(current, kept - count)
+    old = stored if num_old == count else tokens_at(stored, kept[..., :num_old])
+    num_new = kept.shape[2] - num_old
+    new = current if num_new == current.shape[2] else tokens_at(current, kept[..., num_old:] - count)
+    return joined(old, new)
+
+
+def tokens_at(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`[rows, heads, positions, head_dim]`, copied a token at a time: `gather` would go channel by channel."""
+    rows, heads, tokens, head_dim = tensor.shape
+    starts = torch.arange(0, rows * heads * tokens, tokens, device=tensor.device).view(rows, heads, 1)
+    return (
+        tensor.reshape(-1, head_dim).index_select(0, (positions + starts).flatten()).view(*positions.shape, head_dim)
+    )

@@ -1,0 +1,6 @@
+"""How far a compressed run is from the full one."""
+
+from .fidelity import first_differing_step, psnr, teacher_forced_nll, token_agreement, token_agreement_by_scale
+
+
+__all__ = ["first_differing_step", "psnr", "teacher_forced_nll", "token_agreement", "token_agreement_by_scale"]

@@ -25,4 +25,15 @@ def get_method(method: str | Method) -> Method:
     return METHODS[method]()
 
 
-__all__ = ["METHODS", "HACK", "Geometry", "LayerPlan", "Method", "Plan", "Random", "ScaleWindow", "StepView", "get_method"]
+__all__ = [
+    "METHODS",
+    "HACK",
+    "Geometry",
+    "LayerPlan",
+    "Method",
+    "Plan",
+    "Random",
+    "ScaleWindow",
+    "StepView",
+    "get_method",
+]

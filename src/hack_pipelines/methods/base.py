@@ -102,9 +102,7 @@ class Plan:
             self._check_layer(index, layer)
         for step in range(len(self.schedule)):
             held = sum(
-                len(group) * count
-                for layer in self.layers
-                for group, count in zip(layer.groups, layer.store[step])
+                len(group) * count for layer in self.layers for group, count in zip(layer.groups, layer.store[step])
             )
             allowed = self.budget * len(self.layers) * max(heads)
             if held > allowed:
@@ -115,7 +113,9 @@ class Plan:
     def _check_layer(self, index: int, layer: LayerPlan):
         heads = sorted(head for group in layer.groups for head in group)
         if heads != list(range(len(heads))) or any(list(group) != sorted(group) for group in layer.groups):
-            raise ValueError(f"The groups of layer {index} must hold every head once, ascending, but are {layer.groups}.")
+            raise ValueError(
+                f"The groups of layer {index} must hold every head once, ascending, but are {layer.groups}."
+            )
         stored = (0,) * len(layer.groups)
         for step, length in enumerate(self.schedule.lengths):
             present = [count + length for count in stored]

@@ -1,6 +1,6 @@
 """HACK: head-aware compression with two head types (arXiv 2504.09261)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -47,7 +47,6 @@ class HACK(Method):
     """
 
     name: ClassVar[str] = "hack"
-    protocol: ClassVar[str] = "pre"
     needs_profile: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv 2504.09261"
 
@@ -59,6 +58,7 @@ class HACK(Method):
     merge_at: str = "final"
     cfg_sets: str = "separate"
     rules: str = "matched"
+    protocol: str = field(default="pre", init=False)
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:
@@ -170,7 +170,7 @@ class HACK(Method):
         tiers[view.num_stored :] = 2
         if view.step >= self.init_scales:
             tiers[: min(sum(view.schedule.lengths[: self.init_scales]), view.num_stored)] = 3
-        return tiers.to(view.query.device, non_blocking=True)
+        return tiers
 
 
 def merge_by_cosine(
@@ -212,5 +212,3 @@ def merge_by_cosine(
         weight_sums = weight_sums + assignment.sum(-1)
     weight_sums = weight_sums.unsqueeze(-1)
     return (merged_key / weight_sums).to(key.dtype), (merged_value / weight_sums).to(value.dtype)
-
-

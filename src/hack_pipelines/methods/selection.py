@@ -37,6 +37,29 @@ def top(scores: torch.Tensor, count: int, tiers: torch.Tensor | None = None) -> 
     return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
+def count_before(position: int, count: int, present: int, tiers: torch.Tensor | None) -> int | None:
+    """
+    How many of the `count` best of `present` tokens lie before a position, or `None` where that depends on the scores.
+
+    Tiers alone often tell: all of a higher tier stay, none of a lower one, and the one that stays in part may lie on one
+    side only.
+    """
+    if position == 0:
+        return 0
+    if tiers is None:
+        return None
+    before = tiers[:position].bincount(minlength=8).tolist()
+    beyond = tiers[position:].bincount(minlength=8).tolist()
+    result, room = 0, count
+    for old, new in zip(reversed(before), reversed(beyond)):
+        if old + new > room:
+            if not old or not new:
+                return result + (room if old else 0)
+            return None if room else result
+        result, room = result + old, room - old - new
+    return result
+
+
 @lru_cache(maxsize=256)
 def lattice_positions(size: tuple[int, int], count: int) -> tuple[int, ...]:
     """

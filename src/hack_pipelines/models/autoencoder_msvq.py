@@ -33,7 +33,7 @@ class MultiScaleVectorQuantizer(nn.Module):
             [ResidualConv(channels, abs(residual_ratio)) for _ in range(num_residual_convs)]
         )
 
-    def residual_conv(self, step: int, num_steps: int) -> ResidualConv:
+    def residual_conv(self, step: int, num_steps: int) -> nn.Module:
         """
         The convolution that serves a scale: the one whose tick is nearest to `step / (num_steps - 1)`.
 
@@ -126,7 +126,7 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
     @property
     def downscale_factor(self) -> int:
         """Image pixels per side of a latent position."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
 
     @apply_forward_hook
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class VARTransformer2DModelOutput(BaseOutput):
     logits: torch.Tensor
 
 
-def linear(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def linear(module: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
     """Apply a linear layer whose weights may be half precision to the float32 stream."""
     return module(hidden_states.to(module.weight.dtype))
 
@@ -81,14 +81,14 @@ class VARFeedForward(nn.Module):
 class VARTransformerBlock(nn.Module):
     """Attention and feed-forward, both modulated by the condition; `modulation` is a table when AdaLN is shared."""
 
-    def __init__(self, dim: int, heads: int, hidden_dim: int, layer_idx: int, l2_norm: bool, shared_aln: bool, eps: float):
+    def __init__(
+        self, dim: int, heads: int, hidden_dim: int, layer_idx: int, l2_norm: bool, shared_aln: bool, eps: float
+    ):
         super().__init__()
         self.eps = eps
         self.attn = VARAttention(dim, heads, layer_idx, l2_norm)
         self.ff = VARFeedForward(dim, hidden_dim)
-        self.modulation = (
-            nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if shared_aln else nn.Linear(dim, 6 * dim)
-        )
+        self.modulation = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if shared_aln else nn.Linear(dim, 6 * dim)
 
     def forward(
         self,
@@ -163,8 +163,8 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.schedule = Schedule.from_sides(patch_nums)
-        lengths = torch.tensor(self.schedule.lengths)
-        self.register_buffer("levels", torch.arange(len(lengths)).repeat_interleave(lengths), persistent=False)
+        levels = [level for level, length in enumerate(self.schedule.lengths) for _ in range(length)]
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.class_embed = nn.Embedding(num_classes + 1, dim)
         self.pos_start = nn.Parameter(torch.randn(1, self.schedule.lengths[0], dim) * dim**-0.5)
         self.pos_embed = nn.Parameter(torch.randn(1, self.schedule.total, dim) * dim**-0.5)
@@ -227,23 +227,20 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, modulation, kv_cache, mask)
         scale, shift = linear(self.norm_modulation, F.silu(condition)).view(len(condition), 1, 2, -1).unbind(2)
-        hidden_states = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.config.norm_eps)
+        hidden_states = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.config["norm_eps"])
         logits = linear(self.proj_out, hidden_states.mul(scale.add(1)).add(shift)).float()
         return VARTransformer2DModelOutput(logits=logits) if return_dict else (logits,)
 
     def _embed(self, latents: torch.Tensor | None, condition: torch.Tensor, step: int | None) -> torch.Tensor:
         """Token embeddings `[rows, tokens, dim]`: class or latent, plus position and level."""
         lengths, prefixes = self.schedule.lengths, self.schedule.prefixes
-        positions = self.level_embed(self.levels) + self.pos_embed
-        if step is not None:
-            positions = positions[:, prefixes[step] : prefixes[step] + lengths[step]]
-        start = None
+        here = slice(None) if step is None else slice(prefixes[step], prefixes[step] + lengths[step])
+        positions = self.level_embed(self.levels[here]) + self.pos_embed[:, here]
+        parts = []
         if not step:
-            start = condition.unsqueeze(1).expand(-1, lengths[0], -1) + self.pos_start
-        if step == 0:
-            return start + positions
-        embedded = linear(self.latent_embed, latents)
-        if step is None:
-            return torch.cat((start, embedded), dim=1) + positions
-        embedded = embedded + positions
+            parts.append(condition.unsqueeze(1).expand(-1, lengths[0], -1) + self.pos_start)
+        if latents is not None:
+            parts.append(linear(self.latent_embed, latents))
+        embedded = torch.cat(parts, dim=1) + positions
+        # With guidance both halves read the same latents, so these are embedded once.
         return embedded.repeat(len(condition) // len(embedded), 1, 1)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 
 from ..cache.budget import TokenBytes, budget_tokens
@@ -73,17 +73,22 @@ class HackVARPipeline(DiffusionPipeline):
     subclass.
     """
 
-    model_cpu_offload_seq = "transformer"
+    model_cpu_offload_seq = "transformer"  # type: ignore[assignment]
     # The quantizer works between any two steps of the transformer: moving it to and fro would cost more than it holds.
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "tokens"]
+    _exclude_from_cpu_offload = ["vae"]
+    _callback_tensor_inputs = ["latents", "tokens"]
 
+    family: ClassVar[str]
+    """What [`~HackVARPipeline.from_original`] calls the models that the subclass is for."""
+
+    transformer: Any
+    vae: Any
     head_profile: HeadProfile | None = None
     _fallback_profile: HeadProfile | None = None
     _interrupt = False
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         name_or_path: str | Path,
         variant: str | None = None,
@@ -177,7 +182,7 @@ class HackVARPipeline(DiffusionPipeline):
         return pipe
 
     @classmethod
-    def _subclass(cls, attribute: str, value: str, where: str | Path) -> "type[HackVARPipeline]":
+    def _subclass(cls, attribute: str, value: str, where: str | Path) -> Any:
         """The pipeline class of a name or family, which must be `cls` or below it."""
         from . import PIPELINES
 
@@ -190,7 +195,7 @@ class HackVARPipeline(DiffusionPipeline):
             f"{', '.join(getattr(entry, key) for entry in PIPELINES if issubclass(entry, cls))}."
         )
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any):
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any):  # type: ignore[override]
         """Save the pipeline, see [`~diffusers.DiffusionPipeline.save_pretrained`], and its head profile beside it."""
         super().save_pretrained(str(save_directory), **kwargs)
         if self.head_profile is not None:
@@ -224,9 +229,9 @@ class HackVARPipeline(DiffusionPipeline):
         config = self.transformer.config
         return Geometry(
             schedule=schedule or self.transformer.schedule,
-            num_layers=config.num_layers,
-            num_heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
+            num_layers=config["num_layers"],
+            num_heads=config["num_attention_heads"],
+            head_dim=config["attention_head_dim"],
         )
 
     def prepare_cache(
@@ -326,6 +331,27 @@ class HackVARPipeline(DiffusionPipeline):
             `torch.Tensor`: `[rows, n_k, vocab_size]` in float32.
         """
 
+    @abstractmethod
+    def calibration_batch(
+        self, samples: Sequence[int], num_samples: int, guided: bool, inputs: Sequence[int | str] | None = None
+    ) -> tuple[list[int | str], torch.Tensor]:
+        """
+        Some of the inputs that the model is calibrated with, the same on every call.
+
+        Args:
+            samples (`Sequence[int]`):
+                Indices of the samples, from 0.
+            num_samples (`int`):
+                Samples of the whole calibration, over which the built-in inputs are spread.
+            guided (`bool`):
+                Whether the condition needs unconditional rows.
+            inputs (`Sequence[int | str]`, *optional*):
+                What to take in turn instead of the built-in ones.
+
+        Returns:
+            `tuple[list[int | str], torch.Tensor]`: the inputs, and their condition as in [`~HackVARPipeline.predict`].
+        """
+
     def draw_scales(
         self,
         condition: torch.Tensor,
@@ -359,14 +385,20 @@ class HackVARPipeline(DiffusionPipeline):
         schedule = cache.schedule
         images = len(condition) // 2 if settings.guided else len(condition)
         latents = torch.zeros(
-            images, self.vae.config.latent_channels, *schedule.sizes[-1], device=condition.device, dtype=torch.float32
+            images,
+            self.vae.config["latent_channels"],
+            *schedule.sizes[-1],
+            device=condition.device,
+            dtype=torch.float32,
         )
         scale_input, all_tokens = None, []
         with self.progress_bar(total=len(schedule)) as progress_bar:
             for step, size in enumerate(schedule.sizes):
                 if self.interrupt:
                     break
-                logits = guide(self.predict(step, scale_input, condition, cache), settings.guidance[step], settings.guided)
+                logits = guide(
+                    self.predict(step, scale_input, condition, cache), settings.guidance[step], settings.guided
+                )
                 tokens, codes = self.draw(logits, step, schedule, settings, generator)
                 latents, scale_input = self.vae.accumulate(latents, codes, step, schedule)
                 all_tokens.append(tokens)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers.utils import replace_example_docstring
@@ -72,14 +72,17 @@ class HackVARClassPipeline(HackVARPipeline):
 
     @property
     def labels(self) -> dict[str, list[int]]:
-        """Class ids by name. A few ImageNet names belong to two classes."""
-        ids: dict[str, list[int]] = {}
-        for key, names in self.config.id2label.items():
-            for name in (names, *names.split(",")):
-                known = ids.setdefault(normalised(name), [])
-                if int(key) not in known:
-                    known.append(int(key))
-        return ids
+        """
+        Class ids by name. A class is found by its whole name or by one of its synonyms; a few ImageNet names belong to two
+        classes, unless they are the whole name of one.
+        """
+        whole: dict[str, list[int]] = {}
+        synonyms: dict[str, list[int]] = {}
+        for key, names in self.config["id2label"].items():
+            whole.setdefault(normalised(names), []).append(int(key))
+            for name in {normalised(part) for part in names.split(",")}:
+                synonyms.setdefault(name, []).append(int(key))
+        return {**synonyms, **whole}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
@@ -95,13 +98,13 @@ class HackVARClassPipeline(HackVARPipeline):
             if len(ids) == 1:
                 result.append(ids[0])
             elif ids:
-                full = "; ".join(f"{entry} ({self.config.id2label[str(entry)]})" for entry in ids)
+                full = "; ".join(f"{entry} ({self.config['id2label'][str(entry)]})" for entry in ids)
                 raise ValueError(f"Class name {name!r} belongs to several classes: {full}. Give the id.")
             else:
                 nearest = difflib.get_close_matches(normalised(name), known, n=5, cutoff=0.4)
                 hint = f" Did you mean {', '.join(map(repr, nearest))}?" if nearest else ""
                 if not known:
-                    hint = f" This model has no class names: give ids from 0 to {self.transformer.config.num_classes - 1}."
+                    hint = f" This model has no class names: give ids from 0 to {self.transformer.config['num_classes'] - 1}."
                 raise ValueError(f"There is no class named {name!r}.{hint}")
         return result
 
@@ -123,18 +126,16 @@ class HackVARClassPipeline(HackVARPipeline):
                 Draws random classes, before any token, as the original does.
         """
         device = self._execution_device
-        num_classes = self.transformer.config.num_classes
+        num_classes = self.transformer.config["num_classes"]
         if class_labels is None:
             uniform = torch.full((1, num_classes), 1 / num_classes, device=device)
             if isinstance(generator, list):
                 return torch.cat([draw_classes(uniform, 1, entry) for entry in generator])
             return draw_classes(uniform, num_images_per_prompt, generator)
         if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        if is_whole(class_labels) or isinstance(class_labels, (str, bool)):
-            class_labels = [class_labels]
+            class_labels = class_labels.flatten().tolist()
         ids = []
-        for label in class_labels:
+        for label in [class_labels] if isinstance(class_labels, (int, str)) else class_labels:
             if isinstance(label, str):
                 ids += self.get_label_ids(label)
             elif is_whole(label) and NULL_CLASS <= label < num_classes:
@@ -164,8 +165,8 @@ class HackVARClassPipeline(HackVARPipeline):
             `ValueError`: if a value is out of its range.
         """
         scales = len(self.transformer.schedule)
-        vocab_size = self.transformer.config.vocab_size
-        sampling = {**DEFAULT_SAMPLING, **self.config.sampling}
+        vocab_size = self.transformer.config["vocab_size"]
+        sampling = {**DEFAULT_SAMPLING, **self.config["sampling"]}
         if guidance_scale is None:
             guidance_scale = sampling["guidance_scale"]
         guidance = per_scale("guidance_scale", guidance_scale, scales, 0, 1000)
@@ -185,6 +186,18 @@ class HackVARClassPipeline(HackVARPipeline):
         self, step: int, scale_input: torch.Tensor | None, condition: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
         return self.transformer(scale_input, condition, step=step, kv_cache=cache, return_dict=False)[0]
+
+    def calibration_batch(
+        self, samples: Sequence[int], num_samples: int, guided: bool, inputs: Sequence[int | str] | None = None
+    ) -> tuple[list[int | str], torch.Tensor]:
+        num_classes = self.transformer.config["num_classes"]
+        if inputs is None:
+            inputs = [(2 * sample + 1) * num_classes // (2 * num_samples) for sample in range(num_samples)]
+        batch = [inputs[sample % len(inputs)] for sample in samples]
+        condition = self.encode_class_labels(batch)
+        if guided:
+            condition = torch.cat((condition, torch.full_like(condition, num_classes)))
+        return batch, condition
 
     def draw(
         self,
@@ -279,7 +292,7 @@ class HackVARClassPipeline(HackVARPipeline):
         labels = self.encode_class_labels(class_labels, num_images_per_prompt, generator)
         cache = self.prepare_cache(kv_budget, attention_budget, method, kv_dtype, settings.guided)
         if settings.guided:
-            labels = torch.cat((labels, torch.full_like(labels, self.transformer.config.num_classes)))
+            labels = torch.cat((labels, torch.full_like(labels, self.transformer.config["num_classes"])))
 
         watch = CudaPeak(labels.device)
         latents, tokens = self.draw_scales(

@@ -1,0 +1,83 @@
+"""`hack-pipelines calibrate`: a head profile of a model."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import add_model_arguments, load_pipeline, parse_seed, positive_int
+from .output import check_folder
+
+
+if TYPE_CHECKING:
+    from ..pipelines import HackVARClassPipeline
+    from ..profiles import HeadProfile
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="make the head profile of a model",
+        description="Draw pictures without compression, record what the heads attend to, and save it as a head profile.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the profile goes")
+    parser.add_argument("--num-samples", type=positive_int, default=50, metavar="N", help="pictures (default: 50)")
+    parser.add_argument("--seed", type=parse_seed, default=0, help="of the first picture, the next have the next ones")
+    parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="drawn at a time (default: 1)")
+    parser.add_argument(
+        "--check", action="store_true", help="calibrate again with other seeds and say how well both agree"
+    )
+    add_model_arguments(parser, head_profile=False)
+    return parser
+
+
+def run(args: argparse.Namespace):
+    """Calibrate, save, and say how clear the head types are."""
+    check_output(args.output)
+    pipe = load_pipeline(args)
+    profile = record(pipe, args, args.seed)
+    profile.save_pretrained(args.output)
+    print(f"{args.output}: head profile of {profile.title} from {args.num_samples} pictures")
+    print(f"{args.output / 'head_map.png'}: its head types as a picture")
+    if profile.scores.numel() > 1:
+        print(f"variance just above the cut in the middle over that just below it: {profile.gap(0.5):.3f}")
+    if args.check:
+        from ..calibration import split_half_correlation
+
+        again = record(pipe, args, args.seed + args.num_samples)
+        print(f"rank correlation with another {args.num_samples} seeds: {split_half_correlation(profile, again):.3f}")
+    print(f"draw with it: hack-pipelines generate --model {args.model} --head-profile {args.output} --kv-budget 0.3")
+
+
+def record(pipe: "HackVARClassPipeline", args: argparse.Namespace, seed: int) -> "HeadProfile":
+    """Record a profile from seeds that start at `seed`."""
+    from ..calibration import calibrate
+
+    return calibrate(
+        pipe,
+        num_samples=args.num_samples,
+        seed=seed,
+        batch_size=args.batch_size,
+        # What the user calls the model; a path would only mean something on this machine.
+        base_model=None if Path(args.model).exists() else args.model,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def check_output(folder: Path):
+    """
+    Make sure that a profile can be written to a folder later. It is not made yet: beside a model, a folder without a
+    profile in it would be taken for a damaged one.
+
+    Raises:
+        `ValueError`: if it holds something else, whose config.json and README.md would be lost.
+        `OSError`: if it cannot be written to.
+    """
+    if not folder.exists():
+        check_folder(folder.parent)
+        return
+    check_folder(folder)
+    if any(folder.iterdir()) and not (folder / "profile.safetensors").is_file():
+        raise ValueError(f"{folder} holds files that are no head profile: name a new folder.")

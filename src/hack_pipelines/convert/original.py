@@ -1,0 +1,162 @@
+"""Reading state dicts that somebody else saved, without running anything that they contain."""
+
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+ZIP_START = b"PK\x03\x04"
+# What a checkpoint may name and still be nothing but tensors: torch's own reader refuses all the rest.
+PLAIN_MODULES = ("torch", "torch._utils", "torch.storage", "torch._tensor", "collections", "_codecs")
+LFS_START = b"version https://git-lfs"
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a checkpoint by name. Where the format allows it they are mapped from the file, not read.
+
+    Args:
+        path (`str` or `Path`):
+            A `.safetensors` file, a pickle file of torch (`.pth`, in the zip format or the one before it), or a folder
+            of such files, which together hold one state dict.
+
+    Returns:
+        `dict[str, torch.Tensor]`: on the CPU, in the dtypes of the file.
+
+    Raises:
+        `ValueError`: if there is no such file, it is damaged, it holds something else than named tensors, or reading it
+            would run code that it brings along.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return read_folder(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file or folder {path}: give the path of a downloaded checkpoint.")
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path} is empty: download it again.")
+    with path.open("rb") as stream:
+        start = stream.read(len(LFS_START))
+    if start == LFS_START:
+        raise ValueError(
+            f"{path} is a Git LFS pointer of {size} bytes, not the file itself: fetch it with `git lfs pull`."
+        )
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, start)
+    return checked(path, content)
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """One state dict out of all shards of a folder; safetensors files win over pickles of the same tensors."""
+    files = sorted(folder.glob("*.safetensors"))
+    files = files or sorted(file for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no checkpoint: expected *.safetensors or *{', *'.join(PICKLE_SUFFIXES)}.")
+    state_dict: dict[str, torch.Tensor] = {}
+    for file in files:
+        shard = read_state_dict(file)
+        twice = sorted(state_dict.keys() & shard.keys())
+        if twice:
+            raise ValueError(
+                f"{file} repeats {shown(twice)} of another file in {folder}: the folder must hold the shards of one model."
+            )
+        state_dict.update(shard)
+    return state_dict
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file, mapped."""
+    try:
+        return load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}): download it again.") from error
+
+
+def read_pickle(path: Path, start: bytes) -> object:
+    """What a pickle file of torch holds, through the reader that builds tensors and plain containers only."""
+    zipped = start.startswith(ZIP_START)
+    if zipped and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is cut short: its end, the table of contents, is missing. Download it again.")
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+    # A damaged pickle makes its reader fail in any way there is.
+    except Exception as error:
+        found = unsafe_globals(path, zipped, str(error))
+        if found:
+            raise ValueError(
+                f"{path} is not read, because that could run code: besides tensors it names {', '.join(found)}. Where you "
+                "trust the file, load it yourself and save its state dict alone as .safetensors."
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or no checkpoint of torch ({reason}): download it again.") from error
+
+
+def unsafe_globals(path: Path, zipped: bool, message: str) -> list[str]:
+    """Names that a pickle would import and that no plain state dict needs; nothing is imported to find them."""
+    if zipped:
+        try:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        except (RuntimeError, ValueError):
+            return re.findall(r"GLOBAL (\S+)", message)
+    return sorted({name for name in pickled_globals(path) if name.rpartition(".")[0] not in PLAIN_MODULES})
+
+
+def pickled_globals(path: Path) -> Iterator[str]:
+    """Names in the pickles that a file starts with; the format before the zip one has several in a row."""
+    strings: list[str] = []
+    with path.open("rb") as stream:
+        try:
+            while True:
+                for operation, argument, _ in pickletools.genops(stream):
+                    if operation.name == "GLOBAL":
+                        yield str(argument).replace(" ", ".")
+                    elif operation.name == "STACK_GLOBAL" and len(strings) > 1:
+                        yield ".".join(strings[-2:])
+                    elif isinstance(argument, str):
+                        strings.append(argument)
+        # What follows the pickles is raw data, or the file is no pickle at all: either way there is no more to find.
+        except Exception:
+            return
+
+
+def checked(path: Path, content: object) -> dict[str, torch.Tensor]:
+    """`content` if it is named tensors and nothing else."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: expected a state dict, tensors by name.")
+    if not content:
+        raise ValueError(f"{path} holds an empty state dict: nothing was saved to it.")
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            continue
+        inner = ["".join(f"[{part!r}]" for part in parts) for parts in nested_state_dicts(content) if len(parts) > 0]
+        if inner:
+            raise ValueError(
+                f"{path} is a training checkpoint, with state dicts inside at {', '.join(inner)}: save the one that is "
+                "wanted as a file of its own."
+            )
+        kind = f"a sparse tensor ({value.layout})" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"{path} holds {kind} under {key!r}: expected a state dict, tensors by name.")
+    return {key: value.detach() for key, value in content.items()}
+
+
+def nested_state_dicts(content: object, parts: tuple = ()) -> Iterator[tuple]:
+    """Keys that lead to state dicts inside a dictionary, four levels deep at most."""
+    if not isinstance(content, dict) or not content or len(parts) > 4:
+        return
+    if all(isinstance(value, torch.Tensor) for value in content.values()):
+        yield parts
+        return
+    for key, value in content.items():
+        yield from nested_state_dicts(value, (*parts, key))
+
+
+def shown(names: list[str], limit: int = 4) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,148 @@
+"""Distances between a compressed run and the run of the same seeds with the full cache."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..methods import Method
+from ..pipelines.pipeline_hack_var_class import HackVARClassPipeline
+
+
+Tokens = Sequence[torch.Tensor]
+
+
+def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """
+    Peak signal-to-noise ratio of each image, `10 log10(1 / mean squared error)`, in decibels.
+
+    Args:
+        images, reference (`torch.Tensor`):
+            `[images, channels, height, width]` in [0, 1], as `output_type="pt"` returns them.
+
+    Returns:
+        `torch.Tensor`: `[images]` in float64; infinite for an image that equals its reference.
+
+    Raises:
+        `ValueError`: if the shapes differ or values lie outside [0, 1].
+    """
+    if images.shape != reference.shape or images.ndim != 4:
+        raise ValueError(
+            "`images` and `reference` must have one shape, [images, channels, height, width], but have "
+            f"{list(images.shape)} and {list(reference.shape)}."
+        )
+    for name, tensor in (("images", images), ("reference", reference)):
+        if tensor.numel() and not (tensor.min() >= 0 and tensor.max() <= 1):
+            raise ValueError(
+                f"`{name}` must lie in [0, 1] but reach from {tensor.min().item():g} to {tensor.max().item():g}."
+            )
+    return -10 * (images.double() - reference.double()).square().mean(dim=(1, 2, 3)).log10()
+
+
+def token_agreement(tokens: Tokens, reference: Tokens) -> torch.Tensor:
+    """
+    Share of the tokens of each image that equal those of the reference.
+
+    Args:
+        tokens, reference (`Sequence[torch.Tensor]`):
+            Ids `[images, n_k]` of every scale, as a pipeline returns them.
+
+    Returns:
+        `torch.Tensor`: `[images]` in float64.
+
+    Raises:
+        `ValueError`: if the scales or shapes differ.
+    """
+    return torch.cat(matches(tokens, reference), dim=1).double().mean(1)
+
+
+def token_agreement_by_scale(tokens: Tokens, reference: Tokens) -> torch.Tensor:
+    """[`token_agreement`] of every scale on its own, `[images, scales]` in float64."""
+    return torch.stack([equal.double().mean(1) for equal in matches(tokens, reference)], dim=1)
+
+
+def first_differing_step(tokens: Tokens, reference: Tokens) -> torch.Tensor:
+    """
+    Index of the first scale, from 0, at which an image has another token than the reference.
+
+    Args:
+        tokens, reference (`Sequence[torch.Tensor]`):
+            Ids `[images, n_k]` of every scale, as a pipeline returns them.
+
+    Returns:
+        `torch.Tensor`: `[images]`, integers; the number of scales for an image that never differs.
+
+    Raises:
+        `ValueError`: if the scales or shapes differ.
+    """
+    same = torch.stack([equal.all(1) for equal in matches(tokens, reference)], dim=1)
+    return same.long().cumprod(1).sum(1)
+
+
+def matches(tokens: Tokens, reference: Tokens) -> list[torch.Tensor]:
+    """Where tokens equal those of the reference, `[images, n_k]` of every scale."""
+    shapes, expected = ([list(ids.shape) for ids in scales] for scales in (tokens, reference))
+    if not shapes or shapes != expected:
+        raise ValueError(f"`tokens` and `reference` must have the same scales but have the shapes {shapes} and {expected}.")
+    return [ids == others.to(ids.device) for ids, others in zip(tokens, reference)]
+
+
+@torch.no_grad()
+def teacher_forced_nll(
+    pipe: HackVARClassPipeline,
+    tokens: torch.Tensor,
+    labels: torch.Tensor | Sequence[int],
+    kv_budget: float | int | str | None = None,
+    method: str | Method = "hack",
+    batch_size: int = 32,
+) -> torch.Tensor:
+    """
+    What a model loses by compression, without the chaos of sampling: the negative log-likelihood of given tokens when
+    every scale sees the true scales before it through a compressed cache.
+
+    `-1/N sum_k sum_j ln p(token_j of scale k | true scales before k, label)`. The probabilities are those of the raw
+    logits: no guidance, no temperature, no filter. With the full cache this is the training loss, the chain rule of
+    next-scale prediction (arXiv 2404.02905, equation 5).
+
+    Args:
+        pipe ([`HackVARClassPipeline`]):
+            The model.
+        tokens (`torch.Tensor`):
+            Ids `[images, N]`, all scales one after the other, as [`~MultiScaleVQModel.tokenize`] gives them for pictures.
+        labels (`torch.Tensor` or a list of `int`):
+            Class of every image.
+        kv_budget (`float`, `int` or `str`, *optional*):
+            As in the pipeline's call. Bytes count one row an image here, because there is no guidance.
+        method (`str` or [`Method`], *optional*, defaults to `"hack"`):
+            As in the pipeline's call.
+        batch_size (`int`, *optional*, defaults to 32):
+            Images that run together.
+
+    Returns:
+        `torch.Tensor`: `[images]` in float64 on the CPU, nats per token.
+
+    Raises:
+        `ValueError`: if the tokens do not fit the model's schedule or the labels, or the budget cannot be met.
+    """
+    schedule = pipe.transformer.schedule
+    if tokens.ndim != 2 or tokens.shape[1] != schedule.total:
+        raise ValueError(
+            f"`tokens` must be [images, {schedule.total}], all scales one after the other, but are {list(tokens.shape)}."
+        )
+    if len(labels) != len(tokens):
+        raise ValueError(f"`labels` must name one class an image but has {len(labels)} for {len(tokens)} images.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1 but is {batch_size}.")
+    result = []
+    for start in range(0, len(tokens), batch_size):
+        condition = pipe.encode_class_labels(labels[start : start + batch_size])
+        ids = tokens[start : start + batch_size].long().to(condition.device)
+        cache = pipe.prepare_cache(kv_budget, method=method, guided=False)
+        latents = torch.zeros(len(ids), pipe.vae.config["latent_channels"], *schedule.sizes[-1], device=ids.device)
+        scale_input, total = None, torch.zeros(len(ids), dtype=torch.float64)
+        for step, true_ids in enumerate(ids.split(schedule.lengths, dim=1)):
+            logits = pipe.predict(step, scale_input, condition, cache)
+            likelihood = logits.log_softmax(-1).gather(-1, true_ids.unsqueeze(-1))
+            total -= likelihood.double().sum((1, 2)).cpu()
+            latents, scale_input = pipe.vae.accumulate(latents, true_ids, step, schedule)
+        result.append(total / schedule.total)
+    return torch.cat(result) if result else torch.zeros(0, dtype=torch.float64)

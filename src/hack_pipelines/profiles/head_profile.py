@@ -1,0 +1,378 @@
+"""The Hub artifact with everything that compression may know of a model's heads."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..schedule import Schedule
+from .statistics import statistic_shapes
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..methods.base import Geometry
+
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "profile.safetensors"
+HEAD_MAP_NAME = "head_map.png"
+# The share of contextual heads that the saved picture shows; HACK's default.
+SHOWN_ALPHA = 0.5
+REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+FACTS = (
+    "base_model",
+    "base_revision",
+    "family",
+    "num_layers",
+    "num_heads",
+    "head_dim",
+    "schedule",
+    "dtype",
+    "sampling",
+    "inputs",
+    "seeds",
+    "software",
+)
+
+
+class HeadProfile(
+    ModelHubMixin,
+    library_name="hack_pipelines",
+    license="apache-2.0",
+    tags=["head-profile", "kv-cache-compression", "visual-autoregressive"],
+):
+    """
+    Statistics of the attention of every head of one model, recorded while it drew images from known inputs.
+
+    [`calibrate`] makes one; `save_pretrained`, `from_pretrained` and `push_to_hub` keep and share it: the arrays in
+    `profile.safetensors`, everything else in `config.json`, with a model card and a picture of the head types.
+
+    Args:
+        mean (`dict[str, torch.Tensor]`):
+            Means over samples of the arrays that [`statistic_shapes`] names; kept in float32.
+        variance (`dict[str, torch.Tensor]`):
+            Population variances over samples, likewise; zeros for one sample.
+        base_model (`str`, *optional*):
+            Repository or name of the model.
+        base_revision (`str`, *optional*):
+            Commit of that repository.
+        family (`str`):
+            Backbone, `"var"` for example.
+        num_layers, num_heads, head_dim (`int`):
+            Self-attention layers of the model, heads of a layer, channels of a head.
+        schedule (`list[list[int]]`):
+            Height and width of the token map of every scale.
+        dtype (`str`):
+            Of the queries and keys that were recorded, `"bfloat16"` for example.
+        sampling (`dict`):
+            How tokens were drawn: guidance, temperature and filters, as the pipeline's sampling settings name them.
+        inputs (`list[int | str]`):
+            Class or prompt of every sample.
+        seeds (`list[int]`):
+            Seed of every sample.
+        software (`dict[str, str]`):
+            Versions of the packages that made it.
+
+    Raises:
+        `ValueError`: if an array is missing, has another shape than the model, or is not finite.
+    """
+
+    def __init__(
+        self,
+        mean: dict[str, torch.Tensor],
+        variance: dict[str, torch.Tensor],
+        *,
+        family: str,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        schedule: list[list[int]],
+        dtype: str,
+        sampling: dict[str, Any],
+        inputs: list[int | str],
+        seeds: list[int],
+        software: dict[str, str],
+        base_model: str | None = None,
+        base_revision: str | None = None,
+    ):
+        self.base_model, self.base_revision, self.family = base_model, base_revision, family
+        self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
+        self.schedule = checked_schedule(schedule)
+        self.dtype, self.software = dtype, dict(software)
+        # What JSON makes of it, so that a profile equals its stored form.
+        self.sampling = json.loads(json.dumps(sampling))
+        self.inputs, self.seeds = list(inputs), list(seeds)
+        if not self.seeds or len(self.inputs) != len(self.seeds):
+            raise ValueError(
+                f"A head profile needs one input and one seed for each sample but has {len(self.inputs)} `inputs` and "
+                f"{len(self.seeds)} `seeds`."
+            )
+        for name, value in (("num_layers", num_layers), ("num_heads", num_heads), ("head_dim", head_dim)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`{name}` must be a positive int but is {value!r}.")
+        shapes = statistic_shapes(num_layers, num_heads, len(self.schedule))
+        self.mean = checked_arrays("mean", mean, shapes)
+        self.variance = checked_arrays("variance", variance, shapes)
+
+    @property
+    def num_samples(self) -> int:
+        """Images that were recorded."""
+        return len(self.seeds)
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """What tells head types apart, `[num_layers, num_heads]`: the variance over queries at the last scale."""
+        return self.mean["colvar"][:, :, -1]
+
+    def contextual_heads(self, alpha: float) -> torch.Tensor:
+        """
+        Heads whose attention depends least on the query, out of all heads of the model (section 3.2 of HACK).
+
+        Args:
+            alpha (`float`):
+                Share of contextual heads. Their number is `alpha * num_layers * num_heads`, rounded half up; heads of equal
+                variance are taken by layer, then head.
+
+        Returns:
+            `torch.Tensor`: boolean `[num_layers, num_heads]`, on the CPU.
+
+        Raises:
+            `ValueError`: if `alpha` lies outside [0, 1].
+        """
+        scores = self.scores.flatten()
+        contextual = torch.zeros(scores.shape, dtype=torch.bool)
+        contextual[scores.argsort(stable=True)[: self._num_contextual(alpha)]] = True
+        return contextual.view(self.num_layers, self.num_heads)
+
+    def gap(self, alpha: float) -> float:
+        """
+        Variance just above the cut over that just below it: near 1, `alpha` cuts through heads of one kind.
+
+        Raises:
+            `ValueError`: if `alpha` leaves all heads on one side.
+        """
+        count = self._num_contextual(alpha)
+        if not 0 < count < self.scores.numel():
+            raise ValueError(f"`alpha` {alpha} puts all heads on one side, so there is no gap between the sides.")
+        below, above = self.scores.flatten().sort().values[count - 1 : count + 1].tolist()
+        if below == 0:
+            return 1.0 if above == 0 else math.inf
+        return above / below
+
+    def head_map(self, alpha: float = SHOWN_ALPHA) -> "Image":
+        """
+        Picture of the head types: a cell a head, coloured by its variance, contextual heads marked with a dot.
+
+        Args:
+            alpha (`float`, *optional*, defaults to 0.5):
+                Share of contextual heads.
+        """
+        from .head_map import draw_head_map
+
+        return draw_head_map(self.scores, self.contextual_heads(alpha), self.title, alpha)
+
+    @property
+    def title(self) -> str:
+        """What the picture and the card call the model."""
+        return self.base_model or f"an unnamed {self.family} model"
+
+    def check_fits(self, geometry: "Geometry"):
+        """
+        Refuse a model that the profile was not made for.
+
+        Args:
+            geometry ([`Geometry`]):
+                Of the model.
+
+        Raises:
+            `ValueError`: naming each difference.
+        """
+        facts = (
+            ("layers", self.num_layers, geometry.num_layers),
+            ("heads a layer", self.num_heads, geometry.num_heads),
+            ("channels a head", self.head_dim, geometry.head_dim),
+            ("scales of sizes", sizes_text(self.schedule), sizes_text(geometry.schedule)),
+        )
+        differences = [f"{what} {of_model} (profile: {own})" for what, own, of_model in facts if own != of_model]
+        if differences:
+            raise ValueError(
+                f"The head profile of {self.title} does not fit this model, which has {', '.join(differences)}. Attach the "
+                "profile that was made for it, or make one with `hack-pipelines calibrate`."
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HeadProfile):
+            return NotImplemented
+        return self._config() == other._config() and all(
+            torch.equal(tensor, theirs) for tensor, theirs in zip(self._tensors().values(), other._tensors().values())
+        )
+
+    # Equal profiles can be changed apart, so they have no hash.
+    __hash__ = None  # type: ignore[assignment]
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """The card that `save_pretrained` and `push_to_hub` write."""
+        from .model_card import card_text
+
+        # From text, since the mixin's own way through a template needs Jinja2.
+        return ModelCard(card_text(self, self._hub_mixin_info.model_card_data.to_dict()))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "HeadProfile":
+        """
+        Load a profile that `save_pretrained` or `push_to_hub` stored.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Folder, or repository on the Hub.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repository.
+            token (`str` or `bool`, *optional*):
+                To read a private repository.
+            cache_dir (`str` or `Path`, *optional*):
+                Where downloads are kept.
+            local_files_only (`bool`, *optional*, defaults to `False`):
+                Whether to look into that cache only.
+            force_download (`bool`, *optional*, defaults to `False`):
+                Whether to download again what is there.
+
+        Raises:
+            `ValueError`: if there is no profile, or one that is damaged or newer than this package; the message names the
+                file and what is wrong with it.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            if not REPO_ID.fullmatch(str(name_or_path)):
+                raise ValueError(f"There is no folder {name_or_path}, and it is no name of a repository on the Hub.")
+            # Both files of one commit.
+            folder = Path(
+                snapshot_download(
+                    str(name_or_path),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    force_download=force_download,
+                    allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+                )
+            )
+        arguments = read_config(folder / CONFIG_NAME) | read_tensors(folder / WEIGHTS_NAME)
+        try:
+            return cls(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The head profile in {folder} is damaged: {error}") from error
+
+    def _save_pretrained(self, save_directory: Path):
+        save_file(self._tensors(), save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps({"format_version": FORMAT_VERSION, **self._config()}, indent=2, ensure_ascii=False)
+        # Short lists of numbers on one line each: the schedule alone would take fifty lines.
+        text = re.sub(
+            r"\[[\s\d.,-]*\]", lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text
+        )
+        (save_directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        self.head_map().save(save_directory / HEAD_MAP_NAME, optimize=True)
+
+    def _config(self) -> dict[str, Any]:
+        facts = {name: getattr(self, name) for name in FACTS}
+        return {**facts, "schedule": [list(size) for size in self.schedule.sizes]}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        parts = {"mean": self.mean, "variance": self.variance}
+        return {f"{part}.{name}": arrays[name] for part, arrays in parts.items() for name in sorted(arrays)}
+
+    def _num_contextual(self, alpha: float) -> int:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"`alpha` must lie in [0, 1] but is {alpha}.")
+        # The epsilon keeps products such as 0.145 * 100 = 14.499999999999998 at what they mean.
+        return math.floor(alpha * self.num_layers * self.num_heads + 0.5 + 1e-9)
+
+
+def checked_schedule(sizes: Any) -> Schedule:
+    """The schedule of a list of sizes."""
+    try:
+        return Schedule(tuple((int(height), int(width)) for height, width in sizes))
+    except TypeError as error:
+        raise ValueError(f"`schedule` must be a list of heights and widths but is {sizes!r}.") from error
+
+
+def checked_arrays(
+    part: str, arrays: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """The arrays in float32 on the CPU, after a look at their names, shapes and values."""
+    if arrays.keys() != shapes.keys():
+        raise ValueError(f"`{part}` must hold {sorted(shapes)} but holds {sorted(arrays)}.")
+    result = {}
+    for name, shape in shapes.items():
+        tensor = arrays[name].detach().to("cpu", torch.float32).contiguous()
+        if tensor.shape != shape:
+            raise ValueError(f"`{part}.{name}` must be {shape}, as the model says, but is {tuple(tensor.shape)}.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"`{part}.{name}` has entries that are not finite. If the model's attention overflowed, calibrate it in "
+                "bfloat16 or float32."
+            )
+        result[name] = tensor
+    return result
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a head profile without its format version, which must be ours."""
+    if not path.is_file():
+        raise ValueError(f"There is no head profile in {path.parent}: it has no {path.name}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    version = config.pop("format_version", None) if isinstance(config, dict) else None
+    if type(version) is not int:
+        raise ValueError(f"{path} does not belong to a head profile: it has no `format_version`.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is a head profile of format {version}, but this package reads formats up to {FORMAT_VERSION}: "
+            "`pip install --upgrade hack_pipelines`."
+        )
+    missing, unknown = sorted(set(FACTS) - config.keys()), sorted(config.keys() - set(FACTS))
+    if missing or unknown:
+        raise ValueError(f"{path} is damaged: it lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}.")
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Means and variances of `profile.safetensors`."""
+    if not path.is_file():
+        raise ValueError(f"The head profile in {path.parent} lacks its {path.name}; no other weight format is read.")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    parts: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "variance": {}}
+    for name, tensor in tensors.items():
+        part, _, array = name.partition(".")
+        if part not in parts:
+            raise ValueError(f"{path} holds {name!r}, which is no part of a head profile.")
+        parts[part][array] = tensor
+    return parts
+
+
+def sizes_text(schedule: Schedule) -> str:
+    """Sizes of a schedule in short, `1 2 4x3` for example."""
+    return " ".join(str(height) if height == width else f"{height}x{width}" for height, width in schedule.sizes)

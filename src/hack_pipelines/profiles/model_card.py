@@ -1,0 +1,111 @@
+"""The card of a head profile."""
+
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+
+
+if TYPE_CHECKING:
+    from .head_profile import HeadProfile
+
+
+CARD = """---
+{metadata}
+---
+
+# Head profile of {title}
+
+What the {num_heads_total} self-attention heads of {title} look at, recorded while it drew {samples}.
+The Python package `hack_pipelines` plans with it which keys and values each head may forget.
+
+![Head types by layer and head](head_map.png)
+
+Heads whose attention hardly varies from query to query are *contextual*: all queries look at the same few tokens. The
+others are *structural*: where they look follows the query's position. The variance is taken at the last scale of an
+uncompressed run. {gap}
+
+## Use
+
+```python
+from hack_pipelines import HackVARPipeline
+
+pipe = HackVARPipeline.from_pretrained("{base_model}")
+pipe.load_head_profile("folder or repository of this profile")
+image = pipe({argument}, kv_budget=0.3).images[0]
+```
+
+## How it was made
+
+| | |
+| --- | --- |
+{facts}
+
+`profile.safetensors` holds mean and variance over the samples of each array, by layer, head and step; `config.json` holds
+every input and seed, so that the run can be repeated.
+"""
+
+
+def card_text(profile: "HeadProfile", metadata: dict[str, Any]) -> str:
+    """
+    The card as Markdown, metadata included.
+
+    Args:
+        profile ([`HeadProfile`]):
+            What it describes.
+        metadata (`dict`):
+            Of every head profile: library, licence, tags.
+    """
+    # The Hub links models by repository, and refuses other names.
+    if profile.base_model is not None and profile.base_model.count("/") == 1:
+        metadata = {**metadata, "base_model": profile.base_model}
+    first = profile.inputs[0]
+    return CARD.format(
+        metadata=ModelCardData(**metadata).to_yaml(),
+        title=profile.title,
+        num_heads_total=profile.num_layers * profile.num_heads,
+        samples="one image" if profile.num_samples == 1 else f"{profile.num_samples} images",
+        gap=gap_text(profile),
+        base_model=profile.base_model or "the model",
+        argument=f"prompt={first!r}" if isinstance(first, str) else f"class_labels={first}",
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts(profile).items()),
+    )
+
+
+def gap_text(profile: "HeadProfile") -> str:
+    """A sentence on how clear the cut between head types is."""
+    try:
+        gap = profile.gap(0.5)
+    except ValueError:
+        return "A single head has no type beside others."
+    return (
+        f"Half of the heads are taken as contextual here; the variance just above the cut is {gap:.3g} times that just "
+        "below it."
+    )
+
+
+def facts(profile: "HeadProfile") -> dict[str, str]:
+    """Rows of the card's table."""
+    from .head_profile import sizes_text
+
+    seeds = profile.seeds
+    return {
+        "model": profile.title,
+        "revision": profile.base_revision or "not recorded",
+        "layers, heads a layer, channels a head": f"{profile.num_layers}, {profile.num_heads}, {profile.head_dim}",
+        "sides of the token maps": sizes_text(profile.schedule),
+        "samples": f"{profile.num_samples}, seeds {seeds[0]} to {seeds[-1]}"
+        if len(seeds) > 1
+        else f"1, seed {seeds[0]}",
+        "dtype of queries and keys": profile.dtype,
+        **{f"sampling: {name.replace('_', ' ')}": setting_text(value) for name, value in profile.sampling.items()},
+        "software": ", ".join(f"{name} {version}" for name, version in profile.software.items()),
+    }
+
+
+def setting_text(value: Any) -> str:
+    """A sampling setting in short: one number where all scales share it."""
+    if not isinstance(value, list):
+        return str(value)
+    if len(set(value)) == 1:
+        return f"{value[0]:g}"
+    return ", ".join(f"{entry:.3g}" for entry in value) + " by scale"

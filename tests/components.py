@@ -1,0 +1,65 @@
+"""Tiny real components that the tests share."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hack_pipelines import HackVARClassPipeline, MultiScaleVQModel, VARTransformer2DModel
+
+
+SIDES = (1, 2, 3, 4)
+NAMES = {0: "tabby, tabby cat", 1: "golden retriever", 2: "crane", 3: "crane", 4: "lighthouse, beacon"}
+
+
+def tiny_transformer(**overrides) -> VARTransformer2DModel:
+    torch.manual_seed(0)
+    config = {
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "num_classes": 10,
+        "vocab_size": 32,
+        "latent_channels": 8,
+        "patch_nums": SIDES,
+    }
+    transformer = VARTransformer2DModel(**{**config, **overrides})
+    for parameter in transformer.parameters():
+        # PyTorch's small initial weights make every block a near no-op and tests blind to what attention sees.
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
+    return transformer.eval()
+
+
+def tiny_vae(**overrides) -> MultiScaleVQModel:
+    torch.manual_seed(0)
+    config = {"vocab_size": 32, "latent_channels": 8, "block_out_channels": (32, 32), "layers_per_block": 1}
+    return MultiScaleVQModel(**{**config, **overrides}).eval()
+
+
+def tiny_pipeline(**overrides) -> HackVARClassPipeline:
+    pipe = HackVARClassPipeline(transformer=tiny_transformer(**overrides), vae=tiny_vae(), id2label=NAMES)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeds(*values: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(value) for value in values]
+
+
+@dataclass
+class FixedTypes:
+    """Head types that a test chose, in the place of a calibrated profile."""
+
+    contextual: torch.Tensor
+
+    def contextual_heads(self, alpha: float) -> torch.Tensor:
+        return self.contextual
+
+    def check_fits(self, geometry):
+        pass
+
+
+def half_contextual(num_layers: int, num_heads: int) -> FixedTypes:
+    """Every second head contextual, another half in every second layer."""
+    layers, heads = torch.arange(num_layers)[:, None], torch.arange(num_heads)[None]
+    return FixedTypes((layers + heads) % 2 == 0)

@@ -1,0 +1,405 @@
+"""What every method must show of the cache: exact when nothing leaves, within budget, freed, independent."""
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hack_pipelines.cache import FullCache, HeadGroupCache
+from hack_pipelines.methods import HACK, Geometry, Random, ScaleWindow
+from hack_pipelines.methods.selection import top
+from hack_pipelines.schedule import Schedule
+
+from .components import FixedTypes, half_contextual, seeds, tiny_pipeline
+
+
+METHODS = [
+    HACK(),
+    HACK(rules="swapped"),
+    HACK(merge_at="every", cfg_sets="from_cond"),
+    Random(),
+    Random(protocol="pre"),
+    ScaleWindow(),
+    ScaleWindow(protocol="pre"),
+]
+METHOD_IDS = ["hack", "hack-swapped", "hack-every", "random", "random-pre", "scale_window", "scale_window-pre"]
+every_method = pytest.mark.parametrize("method", METHODS, ids=METHOD_IDS)
+WIDE = Schedule(((1, 1), (1, 3), (2, 5), (3, 8), (5, 14)))
+
+schedules = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=2, max_size=6).map(
+    lambda sizes: Schedule(tuple(sorted(sizes, key=lambda size: size[0] * size[1])))
+)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = tiny_pipeline()
+    pipe.head_profile = half_contextual(3, 4)
+    return pipe
+
+
+def draw(pipe, labels=(1, 2), generator_seeds=(0, 1), **arguments):
+    return pipe(class_labels=list(labels), generator=seeds(*generator_seeds), output_type="latent", **arguments)
+
+
+def step_parts(schedule, step, rows=2, heads=4, dim=8, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    parts = (torch.randn(rows, heads, schedule.lengths[step], dim, generator=generator) for _ in range(3))
+    return [part.to(dtype) for part in parts]
+
+
+def make_cache(method, schedule, budget, layers=1, heads=4, guided=False, profile=None):
+    geometry = Geometry(schedule, layers, heads, 8)
+    profile = profile or half_contextual(layers, heads)
+    budget = max(budget, method.min_budget(geometry, profile))
+    return HeadGroupCache(method.plan(geometry, budget, profile), method, guided), budget
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+def lossless_budget(method, schedule):
+    return schedule.total if method.protocol == "pre" else schedule.cacheable
+
+
+@every_method
+def test_lossless_budgets_are_exact(pipe, method):
+    full = draw(pipe)
+    schedule = pipe.transformer.schedule
+    for budget in (1.0, lossless_budget(method, schedule)):
+        out = draw(pipe, kv_budget=budget, method=method)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(out.tokens, full.tokens, strict=True))
+        assert torch.equal(out.images, full.images)
+        assert out.cache_report.peak_tokens == schedule.cacheable
+
+
+@every_method
+def test_one_token_less_than_lossless_is_not_kept(pipe, method):
+    schedule = pipe.transformer.schedule
+    report = draw(pipe, kv_budget=lossless_budget(method, schedule) - 1, method=method).cache_report
+    assert report.peak_tokens < schedule.cacheable or report.attended_by_step[-1] < schedule.total
+
+
+@every_method
+def test_a_small_budget_changes_the_tokens(pipe, method):
+    many = tuple(range(8))
+    ours, full = draw(pipe, many, many, kv_budget=8, method=method), draw(pipe, many, many)
+    assert any(not torch.equal(first, second) for first, second in zip(ours.tokens, full.tokens))
+
+
+@every_method
+def test_steps_before_the_first_eviction_are_exact(method):
+    layers, budget = 2, 30
+    cache, budget = make_cache(method, WIDE, budget, layers)
+    full = FullCache(WIDE, layers)
+    lossless_so_far = True
+    for step in range(len(WIDE)):
+        parts = step_parts(WIDE, step)
+        for layer in range(layers):
+            plan = cache.plan.layers[layer]
+            present = [count + WIDE.lengths[step] for count in (plan.store[step - 1] if step else plan.attend[0])]
+            present = [WIDE.lengths[0]] * len(plan.groups) if step == 0 else present
+            lossless_so_far &= list(plan.attend[step]) == present
+            ours, theirs = cache.attend(layer, *parts), full.attend(layer, *parts)
+            if lossless_so_far:
+                assert torch.equal(ours, theirs)
+            lossless_so_far &= step == len(WIDE) - 1 or list(plan.store[step]) == present
+    assert not torch.equal(ours, theirs)
+
+
+# -- the dense oracle --------------------------------------------------------------------------------------------------
+
+
+def masked_attention(query, key, value, kept):
+    """Attention over all tokens with a mask of those that are there, `kept` `[rows, heads, tokens]`."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=kept.unsqueeze(2).expand(-1, -1, query.shape[2], -1), scale=1.0
+    )
+
+
+@every_method
+@pytest.mark.parametrize("budget", [12, 25, 40, 60])
+def test_equals_dense_attention_with_a_mask(method, budget):
+    """The same sets, held as a mask over everything ever seen, must give the same output for every group."""
+    if getattr(method, "merge_at", "never") != "never":
+        method = HACK(**{**method_options(method), "merge_at": "never"})
+    cache, budget = make_cache(method, WIDE, budget)
+    plan = cache.plan.layers[0]
+    alive = torch.zeros(2, 4, 0, dtype=torch.bool)
+    keys = values = torch.zeros(2, 4, 0, 8)
+    for step in range(len(WIDE)):
+        query, key, value = step_parts(WIDE, step)
+        before = {group.heads: group for group in cache.groups[0]}
+        views = record_views(cache)
+        output = cache.attend(0, query, key, value)
+        keys, values = torch.cat((keys, key), 2), torch.cat((values, value), 2)
+        alive = F.pad(alive, (0, WIDE.lengths[step]), value=True)
+        seen, after = alive.clone(), alive.clone()
+        for index, heads in enumerate(plan.groups):
+            if heads not in views:
+                continue
+            scores, tiers = views[heads]
+            for row in range(2):
+                for place, head in enumerate(heads):
+                    ids = alive[row, head].nonzero()[:, 0]
+                    assert len(ids) == scores.shape[-1]
+                    for target, count in ((seen, plan.attend[step][index]), (after, plan.store[step][index])):
+                        target[row, head] = False
+                        target[row, head, ids[top(scores[row, place], count, tiers)]] = True
+        torch.testing.assert_close(output, masked_attention(query, keys, values, seen), atol=1e-5, rtol=1e-5)
+        alive = after if step < len(WIDE) - 1 else alive & False
+        for group in cache.groups[0]:
+            for place, head in enumerate(group.heads):
+                for row in range(2):
+                    assert torch.equal(group.key[row, place], keys[row, head, alive[row, head]])
+                    assert torch.equal(group.value[row, place], values[row, head, alive[row, head]])
+        assert step == 0 or before is not None
+
+
+def method_options(method):
+    return {name: value for name, value in vars(method).items() if name != "protocol"}
+
+
+def record_views(cache):
+    """Rankings of the next step by heads, as the method gives them."""
+    seen, method = {}, cache.method
+
+    class Watched(type(method)):
+        def rank(self, view):
+            seen[view.heads] = super().rank(view)
+            return seen[view.heads]
+
+    watched = object.__new__(Watched)
+    watched.__dict__.update(method.__dict__)
+    cache.method = watched
+    return seen
+
+
+# -- budgets and memory ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(METHODS),
+    schedules,
+    st.integers(1, 80),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_stored_bytes_never_exceed_the_budget(method, schedule, budget, layers, heads, guided, seed):
+    types = FixedTypes(torch.rand(layers, heads, generator=torch.Generator().manual_seed(seed)) < 0.5)
+    cache, budget = make_cache(method, schedule, budget, layers, heads, guided, types)
+    for step in range(len(schedule)):
+        for layer in range(layers):
+            cache.attend(layer, *step_parts(schedule, step, rows=2, heads=heads, seed=seed))
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for layer in range(layers)
+            for tensor in cache._tensors(layer)
+        }
+        allowed = 2 * layers * heads * budget * 8 * 2 * 4
+        assert sum(storages.values()) <= allowed
+        if step == len(schedule) - 1:
+            assert not storages
+    report = cache.report()
+    images = 1 if guided else 2
+    assert report.bytes_allocated_peak == report.bytes_logical_peak
+    assert report.bytes_allocated_peak * images <= allowed
+    assert report.peak_tokens <= budget
+    assert report.metadata_bytes == 0
+
+
+def test_the_last_scale_is_never_stored():
+    cache = FullCache(WIDE, 2)
+    stored = []
+    for step in range(len(WIDE)):
+        for layer in range(2):
+            cache.attend(layer, *step_parts(WIDE, step))
+            stored.append(sum(tensor.nbytes for index in range(2) for tensor in cache._tensors(index)))
+    assert stored[-1] == 0 and stored[-2] == stored[-3] // 2
+    assert cache.report().peak_tokens == WIDE.cacheable
+
+
+@every_method
+def test_evicted_storage_is_released(method):
+    cache, _ = make_cache(method, WIDE, 20)
+    watched = []
+    for step in range(len(WIDE)):
+        query, key, value = step_parts(WIDE, step)
+        watched.append(weakref.ref(key.untyped_storage()))
+        cache.attend(0, query, key, value)
+        watched += [weakref.ref(tensor.untyped_storage()) for tensor in cache._tensors(0)]
+        del query, key, value
+        alive = {tensor.untyped_storage().data_ptr() for tensor in cache._tensors(0)}
+        left = {storage.data_ptr() for reference in watched if (storage := reference()) is not None}
+        assert left <= alive
+    assert not list(cache._tensors(0))
+
+
+class LargestKeyAxis(TorchDispatchMode):
+    """Notes the token axis of every tensor that looks like keys or values."""
+
+    def __init__(self, head_dim):
+        super().__init__()
+        self.head_dim = head_dim
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 4 and tensor.shape[-1] == self.head_dim:
+                self.largest = max(self.largest, tensor.shape[-2])
+        return result
+
+
+@pytest.mark.parametrize("method", [HACK(), Random(protocol="pre"), ScaleWindow(protocol="pre")])
+def test_selection_never_joins_history_and_current_tokens(method):
+    schedule = Schedule.from_sides((1, 2, 3, 4, 5, 6, 7))
+    cache, budget = make_cache(method, schedule, 42)
+    for step in range(len(schedule)):
+        parts = step_parts(schedule, step)
+        held = max((group.key.shape[2] for group in cache.groups[0]), default=0)
+        with LargestKeyAxis(8) as watch:
+            cache.attend(0, *parts)
+        limit = max(max(cache.plan.layers[0].attend[step]), held, schedule.lengths[step])
+        assert watch.largest <= limit
+    assert limit < schedule.total
+
+
+def test_report_of_the_published_setting():
+    schedule = Schedule.from_sides((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+    cache, budget = make_cache(HACK(), schedule, 204, layers=2)
+    for step in range(len(schedule)):
+        for layer in range(2):
+            cache.attend(layer, *step_parts(schedule, step))
+    report = cache.report()
+    assert report.tokens_by_step == [1, 5, 14, 30, 55, 79.5, 111.5, 161.5, 204]
+    assert report.attended_by_step == [1, 5, 14, 30, 55, 79.5, 111.5, 161.5, 204, 204]
+    assert report.peak_tokens == 204 and report.mean_tokens == pytest.approx(sum(report.tokens_by_step) / 9)
+    channels = 2 * 4 * 8
+    assert report.bytes_allocated_peak == 204 * channels * 2 * 4
+    assert report.bytes_full == 680 * channels * 8 and report.bytes_full_cacheable == 424 * channels * 8
+    flops = sum(4 * 8 * 8 * n * a for n, a in zip(schedule.lengths, report.attended_by_step))
+    assert report.attention_flops == flops
+    assert "204.0 tokens a head" in str(report)
+
+
+def test_checkpoint_peak_is_between_boundary_peaks():
+    cache = FullCache(WIDE, 2)
+    for step in range(len(WIDE)):
+        for layer in range(2):
+            cache.attend(layer, *step_parts(WIDE, step))
+    assert cache.report().checkpoint_peak_tokens == WIDE.cacheable
+
+
+# -- what the cache refuses --------------------------------------------------------------------------------------------
+
+
+def test_wrong_number_of_tokens_is_refused():
+    cache = FullCache(WIDE, 1)
+    with pytest.raises(ValueError, match="got 3 tokens at step 0"):
+        cache.attend(0, *step_parts(WIDE, 1))
+    for step in range(len(WIDE)):
+        cache.attend(0, *step_parts(WIDE, step))
+    assert cache.get_seq_length() == WIDE.total
+    with pytest.raises(ValueError, match="reset"):
+        cache.attend(0, *step_parts(WIDE, 0))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    cache.attend(0, *step_parts(WIDE, 0))
+
+
+def test_nothing_to_report_before_the_first_token():
+    with pytest.raises(ValueError, match="no token"):
+        FullCache(WIDE, 1).report()
+
+
+def test_scores_that_are_not_finite_are_an_error():
+    cache, _ = make_cache(HACK(), WIDE, 20)
+    with pytest.raises(ValueError, match="not finite"):
+        for step in range(len(WIDE)):
+            query, key, value = step_parts(WIDE, step)
+            cache.attend(0, query, key * torch.inf, value)
+
+
+@every_method
+def test_a_cache_can_be_used_again_after_reset(method):
+    cache, _ = make_cache(method, WIDE, 20)
+    runs = []
+    for _ in range(2):
+        runs.append([cache.attend(0, *step_parts(WIDE, step)) for step in range(len(WIDE))])
+        cache.reset()
+    assert all(torch.equal(first, second) for first, second in zip(*runs))
+
+
+# -- independence ------------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_an_image_does_not_depend_on_its_batch(pipe, method):
+    options = {"kv_budget": 15, "method": method}
+    both = draw(pipe, (1, 2), (0, 1), **options)
+    swapped = draw(pipe, (2, 1), (1, 0), **options)
+    for index, (label, seed) in enumerate(((1, 0), (2, 1))):
+        alone = draw(pipe, (label,), (seed,), **options)
+        for ours, theirs, other in zip(both.tokens, alone.tokens, swapped.tokens, strict=True):
+            assert torch.equal(ours[index], theirs[0]) and torch.equal(other[1 - index], theirs[0])
+    assert both.cache_report.bytes_allocated_peak == alone.cache_report.bytes_allocated_peak
+
+
+def test_nothing_is_left_of_earlier_calls(pipe):
+    first = draw(pipe, kv_budget=15)
+    for seed in range(5):
+        draw(pipe, (seed,), (seed,), kv_budget=10 + seed, method=Random(seed))
+    again = draw(pipe, kv_budget=15)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first.tokens, again.tokens))
+
+
+@every_method
+def test_lengths_do_not_depend_on_the_input(pipe, method):
+    reports = [draw(pipe, (label,), (label,), kv_budget=15, method=method).cache_report for label in (1, 5)]
+    assert reports[0].tokens_by_step == reports[1].tokens_by_step
+    assert reports[0].attended_by_step == reports[1].attended_by_step
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+class OriginalCache(FullCache):
+    """The original's way: keys stay in float32 and are cast at every use; every scale is stored."""
+
+    def attend(self, layer_idx, query, key, value, scale=1.0):
+        key, value = self.update(key.float(), value, layer_idx)
+        self.seen_tokens[layer_idx] += value.shape[2] - self.seen_tokens[layer_idx]
+        return F.scaled_dot_product_attention(query, key.to(value.dtype), value, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_storing_what_attention_reads_is_exact_under_autocast(pipe, dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        ours = draw(pipe)
+        exact = draw(pipe, kv_budget=1.0)
+    labels = torch.tensor([1, 2, 10, 10])
+    cache = OriginalCache(pipe.transformer.schedule, 3, guided=True)
+    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        _, tokens = pipe.draw_scales(labels, cache, pipe.prepare_settings(), seeds(0, 1))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(ours.tokens, tokens, exact.tokens))
+    assert all(key.dtype == torch.float32 for key in cache.keys)
+    report = ours.cache_report
+    assert report.bytes_allocated_peak == pipe.transformer.schedule.cacheable * 2 * 3 * 4 * 16 * 2 * 2
+    assert report.bytes_full == pipe.transformer.schedule.total * 2 * 3 * 4 * 16 * (4 + 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stored_dtype_is_the_one_attention_reads(dtype):
+    cache, _ = make_cache(HACK(), WIDE, 20)
+    for step in range(len(WIDE) - 1):
+        output = cache.attend(0, *step_parts(WIDE, step, dtype=dtype))
+        assert output.dtype == dtype
+        assert {tensor.dtype for tensor in cache._tensors(0)} == {dtype}

@@ -1,0 +1,403 @@
+"""The command line, run in this process on tiny saved pipelines."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFont
+
+from hack_pipelines import HackVARPipeline, HeadProfile, __version__
+from hack_pipelines.cli import main
+from hack_pipelines.cli.options import parse_budget, parse_class
+from hack_pipelines.cli.output import free_path
+from hack_pipelines.cli.sheet import GAP, MARGIN, Sheet, wrap
+from hack_pipelines.methods import METHODS
+
+from .components import seeds, tiny_pipeline
+from .conftest import FIXTURES
+
+
+SIDES = (1, 2, 3, 4, 5)
+SIDE = 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A pipeline with the profile that belongs to it."""
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    tiny_pipeline(patch_nums=SIDES).save_pretrained(folder)
+    assert main(["calibrate", "--model", str(folder), "-o", str(folder / "head_profile"), "--num-samples", "2"]) == 0
+    return str(folder)
+
+
+def refused(capsys, *argv) -> str:
+    """The one line that a command is refused with."""
+    capsys.readouterr()
+    assert main(list(map(str, argv))) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("hack-pipelines: error: ")
+    return err.removeprefix("hack-pipelines: error: ").rstrip("\n")
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def drawn(model: str, label: int, seed: int, **options) -> np.ndarray:
+    """What the pipeline itself draws."""
+    pipe = HackVARPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return np.asarray(pipe(label, generator=seeds(seed), **options).images[0])
+
+
+# What is typed
+
+
+@given(st.integers())
+def test_whole_numbers_are_tokens(value):
+    parsed = parse_budget(str(value))
+    assert parsed == value and type(parsed) is int
+
+
+@given(st.floats(allow_nan=False))
+def test_other_numbers_are_fractions(value):
+    parsed = parse_budget(repr(value))
+    assert parsed == value and type(parsed) is float
+
+
+@given(st.floats(0, 1e6), st.sampled_from(["B", "kB", "MB", "GiB", " mib"]))
+def test_bytes_stay_text(value, unit):
+    assert parse_budget(f"{value:f}{unit}") == f"{value:f}{unit}"
+
+
+@given(st.text())
+def test_any_budget_is_a_number_or_text_or_none(text):
+    assert parse_budget(text) is None or isinstance(parse_budget(text), (int, float)) or parse_budget(text) == text
+
+
+@pytest.mark.parametrize("text", ["none", "None", " NONE "])
+def test_no_budget(text):
+    assert parse_budget(text) is None
+
+
+@pytest.mark.parametrize(("text", "expected"), [("207", 207), ("-1", -1), ("crane", "crane"), ("7 up", "7 up"), ("", "")])
+def test_classes(text, expected):
+    assert parse_class(text) == expected
+
+
+@pytest.mark.parametrize("arguments", [["--num-images", "0"], ["--batch-size", "x"], ["--seed", "-1"], ["--seed", str(2**63)]])
+def test_numbers_out_of_range_end_at_the_parser(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", *arguments])
+    assert stopped.value.code == 2
+    assert f"argument {arguments[0]}: must be a whole number" in capsys.readouterr().err
+
+
+def test_a_command_is_needed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"hack_pipelines {__version__}\n"
+
+
+def test_help_and_typing_mistakes_do_not_wait_for_torch():
+    code = (
+        "import sys, hack_pipelines.cli as cli\n"
+        "cli.build_parser().format_help()\n"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "hack_pipelines.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"hack_pipelines {__version__}\n")
+
+
+# Errors
+
+
+def test_debug_raises_wherever_it_is_typed(tmp_path):
+    for argv in (["--debug", "profile", "show"], ["profile", "show", "--debug"]):
+        with pytest.raises(ValueError, match="There is no head profile in"):
+            main([*argv, str(tmp_path)])
+
+
+def test_an_interrupt_ends_quietly(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hack_pipelines.cli.methods.run", interrupted)
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "hack-pipelines: interrupted\n"
+
+
+def test_what_no_model_can_do_is_refused_before_one_is_loaded(tmp_path, capsys):
+    # The model does not exist, so that loading it would give another message.
+    start = ["generate", "0", "--model", tmp_path / "missing", "-o", tmp_path / "a.png"]
+    assert refused(capsys, *start, "--kv-budget", "64 parsecs") == (
+        "`kv_budget` must be a fraction of the full cache (a float in (0, 1]), a number of tokens per head (an int), or "
+        "bytes per image such as \"64MB\" or \"1.5GiB\", but is '64 parsecs'."
+    )
+    assert refused(capsys, *start, "--kv-budget", "0") == "`kv_budget` must be at least 1 token when it is an int, but is 0."
+    assert "For 30 tokens write an int." in refused(capsys, *start, "--kv-budget", "30.0")
+    assert refused(capsys, *start, "--method", "hac").startswith("`method` must be one of 'hack', ")
+    assert refused(capsys, *start, "-o", tmp_path / "a.txt") == (
+        f"'{tmp_path}/a.txt' must end in .png, .jpg, .webp or the like, to say what kind of picture it is."
+    )
+    assert refused(capsys, *start, "-o", tmp_path) == (
+        f"'{tmp_path}' is a folder, where the name of a picture such as 'out.png' was expected."
+    )
+    (tmp_path / "file").touch()
+    for option in (["-o", tmp_path / "file" / "a.png"], ["--output-dir", tmp_path / "file"]):
+        assert f"'{tmp_path}/file'" in refused(capsys, "generate", "0", "--model", tmp_path / "missing", *option)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_named(capsys, tmp_path):
+    assert refused(capsys, "generate", "0", "--device", "cuda", "-o", tmp_path / "a.png") == (
+        "`--device cuda` was asked for, but torch sees no CUDA device: use `--device cpu`."
+    )
+
+
+def test_what_the_model_refuses(model, tmp_path, capsys):
+    start = ["generate", "--model", model, "-o", tmp_path / "a.png"]
+    assert refused(capsys, *start, "golden retriver").startswith(
+        "There is no class named 'golden retriver'. Did you mean 'golden retriever'"
+    )
+    assert refused(capsys, *start, "crane") == "Class name 'crane' belongs to several classes: 2 (crane); 3 (crane). Give the id."
+    assert "`kv_budget=2` leaves 2 tokens a head" in refused(capsys, *start, "0", "--kv-budget", "2")
+    assert "`temperature` must be a number in (0, 1000] but is 0.0." == refused(capsys, *start, "0", "--temperature", "0")
+    assert not (tmp_path / "a.png").exists()
+
+
+# generate
+
+
+def test_one_picture_is_what_the_pipeline_draws(model, tmp_path, capsys):
+    path = tmp_path / "new folder" / "a.png"
+    options = ["--kv-budget", "0.3", "--guidance-scale", "1.5", "--top-k", "5", "--top-p", "0.9", "--temperature", "1.1"]
+    assert main(["generate", "lighthouse", "--model", model, "--seed", "3", "-o", str(path), *options]) == 0
+    expected = drawn(model, 4, 3, kv_budget=0.3, guidance_scale=1.5, top_k=5, top_p=0.9, temperature=1.1)
+    assert np.array_equal(pixels(path), expected)
+    out = capsys.readouterr().out
+    assert out.startswith(f"{path}: lighthouse, seed 3\ncache per picture: ")
+    # 16 tokens (0.3 of 55) in 3 layers, 4 heads of 16 channels, keys and values in float32, two rows.
+    assert "at most 16.0 tokens a head" in out and f"{16 * 3 * 4 * 16 * 2 * 4 * 2 / 2**20:.2f} MiB stored" in out
+
+
+def test_a_seed_means_one_picture(model, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert main(["generate", "1", "--model", model, "--seed", str(seed), "-o", str(tmp_path / f"{name}.png")]) == 0
+    first, again, other = (pixels(tmp_path / f"{name}.png") for name in "abc")
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_method_and_more_smooth_are_passed_on(model, tmp_path):
+    path = tmp_path / "a.png"
+    argv = ["generate", "1", "--model", model, "-o", str(path), "--kv-budget", "10"]
+    assert main([*argv, "--method", "random"]) == 0
+    assert np.array_equal(pixels(path), drawn(model, 1, 0, kv_budget=10, method="random"))
+    assert main([*argv, "--more-smooth"]) == 0
+    assert np.array_equal(pixels(path), drawn(model, 1, 0, kv_budget=10, more_smooth=True))
+
+
+def test_half_precision_halves_what_is_stored(model, tmp_path, capsys):
+    stored = []
+    for dtype in ("fp32", "bf16"):
+        assert main(["generate", "1", "--model", model, "--dtype", dtype, "-o", str(tmp_path / "a.png")]) == 0
+        stored.append(float(capsys.readouterr().out.split("cache per picture: ")[1].split()[0]))
+    assert stored == [round(30 * 3 * 4 * 16 * 2 * size * 2 / 2**20, 2) for size in (4, 2)]
+
+
+def test_a_folder_gets_a_file_for_each_class_and_seed(model, tmp_path, capsys):
+    argv = ["generate", "tabby cat", "--class", "1", "--num-images", "2", "--model", model, "--output-dir", str(tmp_path)]
+    assert main([*argv, "--batch-size", "3"]) == 0
+    names = ["golden-retriever-2.png", "golden-retriever-3.png", "tabby-0.png", "tabby-1.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert f"{tmp_path}/tabby-1.png: tabby, seed 1\n" in capsys.readouterr().out
+    assert np.array_equal(pixels(tmp_path / "golden-retriever-3.png"), drawn(model, 1, 3))
+    # A second run, perhaps with another budget, does not take the first one's pictures away.
+    assert main(["generate", "0", "--model", model, "--output-dir", str(tmp_path), "--kv-budget", "10"]) == 0
+    assert np.array_equal(pixels(tmp_path / "tabby-0.png"), drawn(model, 0, 0))
+    assert np.array_equal(pixels(tmp_path / "tabby-0-2.png"), drawn(model, 0, 0, kv_budget=10))
+
+
+def test_several_pictures_make_a_sheet(model, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    assert main(["generate", "0", "1", "-1", "--model", model, "-o", str(path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: 3 pictures\n")
+    sheet, side = Image.open(path).convert("RGB"), 12 * SIDE
+    assert sheet.width == 2 * side + GAP + 2 * MARGIN
+    picture = Image.fromarray(drawn(model, 0, 0)).resize((side, side), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(sheet.crop((MARGIN, MARGIN, MARGIN + side, MARGIN + side))), np.asarray(picture))
+
+
+def test_without_a_class_each_seed_draws_one(model, tmp_path, capsys):
+    assert main(["generate", "--num-images", "3", "--model", model, "--output-dir", str(tmp_path)]) == 0
+    named = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()[:3]]
+    labels = [int(torch.multinomial(torch.full((10,), 0.1), 1, generator=seeds(seed)[0])) for seed in range(3)]
+    names = ["tabby", "golden retriever", "crane", "crane", "lighthouse", *(f"class {number}" for number in range(5, 10))]
+    assert named == [f"{names[label]}, seed {seed}" for seed, label in enumerate(labels)]
+
+
+def test_finished_pictures_survive_an_interrupt(model, tmp_path, monkeypatch, capsys):
+    from hack_pipelines.cli import generate
+
+    draw, drawn_before = generate.draw, []
+
+    def interrupted_at_the_third(pipe, args, batch):
+        if len(drawn_before) == 2:
+            raise KeyboardInterrupt
+        drawn_before.append(batch)
+        return draw(pipe, args, batch)
+
+    monkeypatch.setattr(generate, "draw", interrupted_at_the_third)
+    path = tmp_path / "a.png"
+    assert main(["generate", "0", "--num-images", "4", "--batch-size", "1", "--model", model, "-o", str(path)]) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == (f"{path}: 2 pictures\n", "hack-pipelines: interrupted\n")
+    assert Image.open(path).width == 2 * 12 * SIDE + GAP + 2 * MARGIN
+
+
+@given(st.integers(0, 5))
+@settings(max_examples=6)
+def test_a_free_path_is_the_first(tmp_path_factory, count):
+    folder = tmp_path_factory.mktemp("free")
+    for _ in range(count):
+        free_path(folder, "cat-0").touch()
+    assert {path.name for path in folder.iterdir()} == set(["cat-0.png", *(f"cat-0-{n}.png" for n in range(2, 6))][:count])
+
+
+# demo
+
+
+def test_the_demo_draws_a_row_a_class_and_a_column_a_budget(model, tmp_path, capsys):
+    path = tmp_path / "demo.png"
+    assert main(["demo", "--model", model, "-o", str(path)]) == 0
+    sheet, side = Image.open(path).convert("RGB"), 12 * SIDE
+    # Five of ten classes have names.
+    top = sheet.height - MARGIN - 5 * (side + GAP) + GAP
+    left = sheet.width - MARGIN - 4 * (side + GAP) + GAP
+    for column, budget in enumerate((None, 0.5, 0.3, 0.1)):
+        x, y = left + column * (side + GAP), top + 4 * (side + GAP)
+        cell = np.asarray(sheet.crop((x, y, x + side, y + side)), dtype=int)
+        picture = Image.fromarray(drawn(model, 4, 4, kv_budget=budget)).resize((side, side), Image.Resampling.BICUBIC)
+        # A batch of five rounds differently from a single picture.
+        assert np.abs(cell - np.asarray(picture, dtype=int)).max() <= 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{path}: 5 classes, 4 budgets, seeds from 0"
+    token = 3 * 4 * 16 * 2 * 4 * 2 / 2**10
+    for line, tokens in zip(lines[3:], (30, 27, 16, 5), strict=True):
+        words = line.rsplit(maxsplit=7)
+        assert float(words[1]) == tokens - (tokens == 5) * 0 and float(words[2]) == pytest.approx(tokens * token)
+        assert float(words[3].rstrip("x")) == pytest.approx(55 / tokens, abs=0.01)
+        assert float(words[5].rstrip("x")) == pytest.approx(30 / tokens, abs=0.01)
+
+
+# convert
+
+
+def test_convert_makes_a_folder_that_draws(tmp_path, capsys):
+    manifest = json.loads((FIXTURES / "var" / "manifest.json").read_text())
+    print(manifest.keys())
+
+
+# calibrate and profile
+
+
+def test_calibrate_writes_a_profile_and_its_picture(model, tmp_path, capsys):
+    folder = tmp_path / "profile"
+    argv = ["calibrate", "--model", model, "-o", str(folder), "--num-samples", "3", "--seed", "5", "--batch-size", "2"]
+    assert main([*argv, "--check"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    profile = HeadProfile.from_pretrained(folder)
+    assert profile.seeds == [5, 6, 7] and profile.base_model == "model"
+    assert Image.open(folder / "head_map.png").width > 0
+    assert out[0] == f"{folder}: head profile of model from 3 pictures"
+    assert out[2] == f"variance just above the cut in the middle over that just below it: {profile.gap(0.5):.3f}"
+    assert -1 <= float(out[3].removeprefix("rank correlation with another 3 seeds: ")) <= 1
+    assert main(["generate", "0", "--model", model, "--head-profile", str(folder), "-o", str(tmp_path / "a.png")]) == 0
+
+
+def test_calibrate_overwrites_no_other_folder(model, capsys):
+    assert refused(capsys, "calibrate", "--model", model, "-o", model) == (
+        f"{model} holds files that are no head profile: name a new folder."
+    )
+
+
+def test_profile_show_prints_facts_and_types(model, tmp_path, capsys):
+    capsys.readouterr()
+    folder, picture = f"{model}/head_profile", tmp_path / "map.png"
+    assert main(["profile", "show", folder, "--alpha", "0.25", "--map", str(picture)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    profile = HeadProfile.from_pretrained(folder)
+    assert "model: model" in out and "samples: 2, seeds 0 to 1" in out and "sides of the token maps: 1 2 3 4 5" in out
+    start = out.index("3 of 12 heads are contextual (C), the others structural (.); layers from left to right")
+    assert out[start + 1] == f"variance just above the cut over that just below it: {profile.gap(0.25):.3f}"
+    rows = [line.split("  ", 1)[1].strip().split() for line in out[start + 2 : start + 6]]
+    assert rows == [["C" if flag else "." for flag in flags] for flags in profile.contextual_heads(0.25).T.tolist()]
+    expected = profile.head_map(0.25)
+    assert np.array_equal(pixels(picture), np.asarray(expected))
+
+
+def test_profile_show_refuses(model, tmp_path, capsys):
+    folder = f"{model}/head_profile"
+    assert refused(capsys, "profile", "show", folder, "--alpha", "1.5") == "`alpha` must lie in [0, 1] but is 1.5."
+    assert refused(capsys, "profile", "show", tmp_path) == f"There is no head profile in {tmp_path}: it has no config.json."
+
+
+# methods
+
+
+def test_methods_lists_all_with_their_defaults(capsys):
+    assert main(["methods"]) == 0
+    blocks = capsys.readouterr().out.split("\n\n")
+    assert [block.split(":")[0] for block in blocks] == list(METHODS)
+    random = blocks[list(METHODS).index("random")].splitlines()
+    assert random[1:] == [
+        "  protocol: post, a step attends to all that is there and then stores a part",
+        "  head profile: not needed",
+        "  options: seed=0, protocol='post'",
+        "  source: a floor, published by nobody",
+    ]
+    assert "alpha=0.5, contextual_ratio=0.333, n_obs=32" in blocks[0] and "head profile: needed" in blocks[0]
+
+
+# Sheets
+
+
+def test_a_sheet_is_as_large_as_what_is_on_it():
+    pictures = [[Image.new("RGB", (64, 32), "red")] * 3, [Image.new("RGB", (64, 32), "blue")] * 2]
+    sheet = Sheet(pictures).draw()
+    assert sheet.size == (3 * 128 + 2 * GAP + 2 * MARGIN, 2 * 64 + GAP + 2 * MARGIN)
+    assert sheet.getpixel((MARGIN, MARGIN)) == (255, 0, 0)
+    assert sheet.getpixel((MARGIN + 128 + GAP, MARGIN + 64 + GAP)) == (0, 0, 255)
+    assert sheet.getpixel((MARGIN + 2 * (128 + GAP), MARGIN + 64 + GAP)) == (255, 255, 255)
+
+
+def test_large_pictures_keep_their_size():
+    assert Sheet([[Image.new("RGB", (256, 256))]]).draw().size == (256 + 2 * MARGIN, 256 + 2 * MARGIN)
+
+
+@given(st.lists(st.text("abcdefgh", min_size=1, max_size=12), min_size=1, max_size=12), st.sampled_from([" ", "-"]))
+@settings(max_examples=50)
+def test_wrapping_loses_no_letter_and_keeps_to_the_width(words, joint):
+    font = ImageFont.load_default(14)
+    lines = wrap(joint.join(words), font, 100)
+    assert "".join(lines).replace("-", "").replace(" ", "") == "".join(words)
+    assert all(font.getlength(line) <= 100 or not set(" -") & set(line.rstrip("-")) for line in lines)
