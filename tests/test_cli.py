@@ -85,12 +85,16 @@ def test_no_budget(text):
     assert parse_budget(text) is None
 
 
-@pytest.mark.parametrize(("text", "expected"), [("207", 207), ("-1", -1), ("crane", "crane"), ("7 up", "7 up"), ("", "")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("207", 207), ("-1", -1), ("crane", "crane"), ("7 up", "7 up"), ("", "")]
+)
 def test_classes(text, expected):
     assert parse_class(text) == expected
 
 
-@pytest.mark.parametrize("arguments", [["--num-images", "0"], ["--batch-size", "x"], ["--seed", "-1"], ["--seed", str(2**63)]])
+@pytest.mark.parametrize(
+    "arguments", [["--num-images", "0"], ["--batch-size", "x"], ["--seed", "-1"], ["--seed", str(2**63)]]
+)
 def test_numbers_out_of_range_end_at_the_parser(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["generate", *arguments])
@@ -150,9 +154,12 @@ def test_what_no_model_can_do_is_refused_before_one_is_loaded(tmp_path, capsys):
     start = ["generate", "0", "--model", tmp_path / "missing", "-o", tmp_path / "a.png"]
     assert refused(capsys, *start, "--kv-budget", "64 parsecs") == (
         "`kv_budget` must be a fraction of the full cache (a float in (0, 1]), a number of tokens per head (an int), or "
-        "bytes per image such as \"64MB\" or \"1.5GiB\", but is '64 parsecs'."
+        'bytes per image such as "64MB" or "1.5GiB", but is \'64 parsecs\'.'
     )
-    assert refused(capsys, *start, "--kv-budget", "0") == "`kv_budget` must be at least 1 token when it is an int, but is 0."
+    assert (
+        refused(capsys, *start, "--kv-budget", "0")
+        == "`kv_budget` must be at least 1 token when it is an int, but is 0."
+    )
     assert "For 30 tokens write an int." in refused(capsys, *start, "--kv-budget", "30.0")
     assert refused(capsys, *start, "--method", "hac").startswith("`method` must be one of 'hack', ")
     assert refused(capsys, *start, "-o", tmp_path / "a.txt") == (
@@ -178,9 +185,14 @@ def test_what_the_model_refuses(model, tmp_path, capsys):
     assert refused(capsys, *start, "golden retriver").startswith(
         "There is no class named 'golden retriver'. Did you mean 'golden retriever'"
     )
-    assert refused(capsys, *start, "crane") == "Class name 'crane' belongs to several classes: 2 (crane); 3 (crane). Give the id."
+    assert (
+        refused(capsys, *start, "crane")
+        == "Class name 'crane' belongs to several classes: 2 (crane); 3 (crane). Give the id."
+    )
     assert "`kv_budget=2` leaves 2 tokens a head" in refused(capsys, *start, "0", "--kv-budget", "2")
-    assert "`temperature` must be a number in (0, 1000] but is 0.0." == refused(capsys, *start, "0", "--temperature", "0")
+    assert "`temperature` must be a number in (0, 1000] but is 0.0." == refused(
+        capsys, *start, "0", "--temperature", "0"
+    )
     assert not (tmp_path / "a.png").exists()
 
 
@@ -189,7 +201,18 @@ def test_what_the_model_refuses(model, tmp_path, capsys):
 
 def test_one_picture_is_what_the_pipeline_draws(model, tmp_path, capsys):
     path = tmp_path / "new folder" / "a.png"
-    options = ["--kv-budget", "0.3", "--guidance-scale", "1.5", "--top-k", "5", "--top-p", "0.9", "--temperature", "1.1"]
+    options = [
+        "--kv-budget",
+        "0.3",
+        "--guidance-scale",
+        "1.5",
+        "--top-k",
+        "5",
+        "--top-p",
+        "0.9",
+        "--temperature",
+        "1.1",
+    ]
     assert main(["generate", "lighthouse", "--model", model, "--seed", "3", "-o", str(path), *options]) == 0
     expected = drawn(model, 4, 3, kv_budget=0.3, guidance_scale=1.5, top_k=5, top_p=0.9, temperature=1.1)
     assert np.array_equal(pixels(path), expected)
@@ -225,7 +248,18 @@ def test_half_precision_halves_what_is_stored(model, tmp_path, capsys):
 
 
 def test_a_folder_gets_a_file_for_each_class_and_seed(model, tmp_path, capsys):
-    argv = ["generate", "tabby cat", "--class", "1", "--num-images", "2", "--model", model, "--output-dir", str(tmp_path)]
+    argv = [
+        "generate",
+        "tabby cat",
+        "--class",
+        "1",
+        "--num-images",
+        "2",
+        "--model",
+        model,
+        "--output-dir",
+        str(tmp_path),
+    ]
     assert main([*argv, "--batch-size", "3"]) == 0
     names = ["golden-retriever-2.png", "golden-retriever-3.png", "tabby-0.png", "tabby-1.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -251,7 +285,14 @@ def test_without_a_class_each_seed_draws_one(model, tmp_path, capsys):
     assert main(["generate", "--num-images", "3", "--model", model, "--output-dir", str(tmp_path)]) == 0
     named = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()[:3]]
     labels = [int(torch.multinomial(torch.full((10,), 0.1), 1, generator=seeds(seed)[0])) for seed in range(3)]
-    names = ["tabby", "golden retriever", "crane", "crane", "lighthouse", *(f"class {number}" for number in range(5, 10))]
+    names = [
+        "tabby",
+        "golden retriever",
+        "crane",
+        "crane",
+        "lighthouse",
+        *(f"class {number}" for number in range(5, 10)),
+    ]
     assert named == [f"{names[label]}, seed {seed}" for seed, label in enumerate(labels)]
 
 
@@ -280,7 +321,9 @@ def test_a_free_path_is_the_first(tmp_path_factory, count):
     folder = tmp_path_factory.mktemp("free")
     for _ in range(count):
         free_path(folder, "cat-0").touch()
-    assert {path.name for path in folder.iterdir()} == set(["cat-0.png", *(f"cat-0-{n}.png" for n in range(2, 6))][:count])
+    assert {path.name for path in folder.iterdir()} == set(
+        ["cat-0.png", *(f"cat-0-{n}.png" for n in range(2, 6))][:count]
+    )
 
 
 # demo
@@ -301,20 +344,49 @@ def test_the_demo_draws_a_row_a_class_and_a_column_a_budget(model, tmp_path, cap
         assert np.abs(cell - np.asarray(picture, dtype=int)).max() <= 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{path}: 5 classes, 4 budgets, seeds from 0"
-    token = 3 * 4 * 16 * 2 * 4 * 2 / 2**10
-    for line, tokens in zip(lines[3:], (30, 27, 16, 5), strict=True):
-        words = line.rsplit(maxsplit=7)
-        assert float(words[1]) == tokens - (tokens == 5) * 0 and float(words[2]) == pytest.approx(tokens * token)
-        assert float(words[3].rstrip("x")) == pytest.approx(55 / tokens, abs=0.01)
-        assert float(words[5].rstrip("x")) == pytest.approx(30 / tokens, abs=0.01)
+    pipe = HackVARPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    for line, budget in zip(lines[3:], (None, 0.5, 0.3, 0.1), strict=True):
+        report = pipe(0, generator=seeds(0), kv_budget=budget).cache_report
+        stored = report.bytes_allocated_peak
+        name, tokens, kibibytes, original, _, lossless, _, seconds = line.rsplit(maxsplit=7)
+        assert name == ("full cache" if budget is None else f"kv_budget={budget}")
+        assert (tokens, kibibytes) == (f"{report.peak_tokens:.1f}", f"{stored / 2**10:.1f}")
+        assert original == f"{report.bytes_full / stored:.2f}x"
+        assert lossless == f"{report.bytes_full_cacheable / stored:.2f}x"
+        assert float(seconds) >= 0
 
 
 # convert
 
 
-def test_convert_makes_a_folder_that_draws(tmp_path, capsys):
+def test_convert_makes_a_folder_that_draws_what_the_original_files_draw(tmp_path, capsys):
     manifest = json.loads((FIXTURES / "var" / "manifest.json").read_text())
-    print(manifest.keys())
+    config = {"transformer": manifest["models"]["tiny_a"]["config"], "tokenizer": manifest["vae"]["config"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = [str(FIXTURES / "var" / name) for name in ("tiny_a.safetensors", "vae.safetensors")]
+    folder = tmp_path / "converted"
+    argv = ["convert", *files, str(folder), "--config", str(tmp_path / "config.json"), "--max-shard-size", "100KB"]
+    assert main(argv) == 0
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    shards = [path for path in written if path.suffix == ".safetensors" and path.parent.name == "transformer"]
+    assert len(shards) > 1 and max(path.stat().st_size for path in shards) < 150_000
+    size = sum(path.stat().st_size for path in written) / 1e6
+    assert capsys.readouterr().out.splitlines()[0] == f"{folder}: {len(written)} files, {size:.1f} MB"
+    options = {"kv_budget": None, "guidance_scale": 2.0, "top_k": 10}
+    pipe = HackVARPipeline.from_original(*files, config=config)
+    pipe.set_progress_bar_config(disable=True)
+    expected = np.asarray(pipe(1, generator=seeds(0), **options).images[0])
+    assert np.array_equal(drawn(str(folder), 1, 0, **options), expected)
+    assert refused(capsys, *argv) == f"{folder} exists already: name a new folder, or remove this one first."
+
+
+def test_convert_refuses_a_configuration_that_is_no_json(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text("{transformer: 1}")
+    message = refused(capsys, "convert", "a.pth", "b.pth", tmp_path / "c", "--config", path)
+    assert message.startswith(f"{path} is no JSON file: Expecting property name")
+    assert str(tmp_path / "gone.json") in refused(capsys, "convert", "a", "b", "c", "--config", tmp_path / "gone.json")
 
 
 # calibrate and profile
@@ -349,8 +421,10 @@ def test_profile_show_prints_facts_and_types(model, tmp_path, capsys):
     assert "model: model" in out and "samples: 2, seeds 0 to 1" in out and "sides of the token maps: 1 2 3 4 5" in out
     start = out.index("3 of 12 heads are contextual (C), the others structural (.); layers from left to right")
     assert out[start + 1] == f"variance just above the cut over that just below it: {profile.gap(0.25):.3f}"
-    rows = [line.split("  ", 1)[1].strip().split() for line in out[start + 2 : start + 6]]
-    assert rows == [["C" if flag else "." for flag in flags] for flags in profile.contextual_heads(0.25).T.tolist()]
+    types = profile.contextual_heads(0.25).T.tolist()
+    assert out[start + 2 : start + 6] == [
+        f"head  {head}  " + " ".join("C" if flag else "." for flag in flags) for head, flags in enumerate(types)
+    ]
     expected = profile.head_map(0.25)
     assert np.array_equal(pixels(picture), np.asarray(expected))
 
@@ -358,7 +432,10 @@ def test_profile_show_prints_facts_and_types(model, tmp_path, capsys):
 def test_profile_show_refuses(model, tmp_path, capsys):
     folder = f"{model}/head_profile"
     assert refused(capsys, "profile", "show", folder, "--alpha", "1.5") == "`alpha` must lie in [0, 1] but is 1.5."
-    assert refused(capsys, "profile", "show", tmp_path) == f"There is no head profile in {tmp_path}: it has no config.json."
+    assert (
+        refused(capsys, "profile", "show", tmp_path)
+        == f"There is no head profile in {tmp_path}: it has no config.json."
+    )
 
 
 # methods

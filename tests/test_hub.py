@@ -207,9 +207,7 @@ def test_repo_without_an_index_or_with_pickles_only(hub, saved):
     assert not [name for name in hub.fetched() if name.endswith((".bin", ".pth"))]
 
 
-def test_proxies_and_odd_variants_are_refused(hub):
-    with pytest.raises(ValueError, match="HTTPS_PROXY"):
-        locate("org/tiny", proxies={"https": "http://proxy"})
+def test_odd_variants_are_refused(hub):
     for variant in ("*", "../x", "", "a/b"):
         with pytest.raises(ValueError, match="`variant` must be a name"):
             locate("org/tiny", variant=variant)

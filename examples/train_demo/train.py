@@ -29,7 +29,7 @@ def main() -> None:
     if not (arguments.runs / "vae").exists():
         train_tokenizer.train(arguments.data, arguments.runs, arguments.tokenizer_minutes, batch_size=8)
     if not (arguments.runs / "transformer").exists():
-        train_transformer.train(arguments.data, arguments.runs, arguments.transformer_minutes, batch_size=24)
+        train_transformer.train(arguments.data, arguments.runs, arguments.transformer_minutes, batch_size=16)
     export(arguments.data, arguments.runs, arguments.output)
 
 

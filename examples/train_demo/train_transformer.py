@@ -29,7 +29,7 @@ CONFIG = {
     "shared_aln": True,
 }
 VIEWS = 12
-MUON_LEARNING_RATE = 4e-3
+MUON_LEARNING_RATE = 3e-3
 MUON_WEIGHT_DECAY = 0.1
 ADAM_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=here / "data", help="folder that data.py wrote")
     parser.add_argument("--runs", type=Path, default=here / "runs", help="folder of the tokenizer and of checkpoints")
     parser.add_argument("--minutes", type=float, default=75, help="training time, stops not counted")
-    parser.add_argument("--batch-size", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=16)
     arguments = parser.parse_args()
     print(train(arguments.data, arguments.runs, arguments.minutes, arguments.batch_size))
 

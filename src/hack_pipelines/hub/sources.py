@@ -48,7 +48,6 @@ def locate(
     cache_dir: str | Path | None = None,
     local_files_only: bool | None = None,
     force_download: bool = False,
-    proxies: dict[str, str] | None = None,
 ) -> Source:
     """
     Find a model, and fetch it if it is not here.
@@ -68,8 +67,6 @@ def locate(
             Whether to do without the network.
         force_download (`bool`, *optional*, defaults to `False`):
             Whether to fetch, and convert, what is in the cache already.
-        proxies (`dict`, *optional*):
-            Not supported by the Hub's client any more.
 
     Returns:
         [`Source`]: the folder.
@@ -79,8 +76,6 @@ def locate(
         `ConnectionError`: if the Hub cannot be reached and the cache does not have it.
     """
     name = str(name_or_path)
-    if proxies is not None:
-        raise ValueError("`proxies` is not supported by the Hub's client: set HTTPS_PROXY in the environment instead.")
     if variant is not None and not re.fullmatch(r"[\w-]+(\.[\w-]+)*", variant):
         raise ValueError(f"`variant` must be a name such as 'fp16' or 'd16' but is {variant!r}.")
     path = Path(name).expanduser()

@@ -1,16 +1,11 @@
 """The loop over scales, for every backbone."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import isfinite
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
@@ -19,49 +14,20 @@ from ..cache.budget import TokenBytes, budget_tokens
 from ..cache.cache import Cache, FullCache
 from ..cache.head_group import HeadGroupCache
 from ..convert import load_original
-from ..hub.checks import check_weights
+from ..hub.checks import check_weights, read_json
 from ..hub.sources import locate
 from ..methods import Geometry, Method, get_method
 from ..profiles.head_profile import HeadProfile
 from ..schedule import Schedule
-from .sampling import draw_tokens, filter_logits
+from .sampling import draw_tokens, filter_logits, guide
+from .settings import SamplingSettings, is_whole
 
 
 logger = logging.get_logger(__name__)
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PROFILE_FOLDER = "head_profile"
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """
-    How tokens are drawn, with one entry a scale.
-
-    Args:
-        guidance (`tuple[float, ...]`):
-            Weight of the conditional logits over the unconditional ones; 1 is no guidance.
-        temperature (`tuple[float, ...]`):
-            Divisor of the guided logits.
-        top_k (`tuple[int, ...]`):
-            Entries that stay; 0 keeps all.
-        top_p (`tuple[float, ...]`):
-            Probability mass that stays; 1 keeps all.
-        more_smooth (`bool`, *optional*, defaults to `False`):
-            Whether a soft mixture of codes feeds the latent instead of the drawn one.
-    """
-
-    guidance: tuple[float, ...]
-    temperature: tuple[float, ...]
-    top_k: tuple[int, ...]
-    top_p: tuple[float, ...]
-    more_smooth: bool = False
-
-    @property
-    def guided(self) -> bool:
-        """Whether any scale needs unconditional rows."""
-        return any(weight != 1 for weight in self.guidance)
 
 
 class HackVARPipeline(DiffusionPipeline):
@@ -475,62 +441,14 @@ class HackVARPipeline(DiffusionPipeline):
             )
 
 
-def guide(logits: torch.Tensor, weight: float, guided: bool) -> torch.Tensor:
-    """Classifier-free guidance `weight * cond - (weight - 1) * uncond` of rows that hold both, conditional ones first."""
-    if not guided:
-        return logits
-    conditional, unconditional = logits.chunk(2)
-    # The original's order of operations: anything else changes the last bits.
-    extra = weight - 1
-    return (1 + extra) * conditional - extra * unconditional
-
-
-def is_whole(value: object) -> bool:
-    """Whether a value is a whole number and no boolean."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def per_scale(
-    name: str, value: Any, num_scales: int, lower: float, upper: float, whole: bool = False, open_lower: bool = False
-) -> tuple:
-    """
-    A number, or one number a scale, as a tuple with one entry a scale.
-
-    Raises:
-        `ValueError`: if there are too few numbers, or one is out of its range.
-    """
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * num_scales
-    if len(values) != num_scales:
-        raise ValueError(f"`{name}` must be a number or a list of {num_scales}, one a scale, but has {len(values)}.")
-    for entry in values:
-        number = is_whole(entry) if whole else isinstance(entry, Real) and not isinstance(entry, bool)
-        inside = number and isfinite(entry) and lower <= entry <= upper and not (open_lower and entry == lower)
-        if not inside:
-            bracket = "(" if open_lower else "["
-            kind = "a whole number" if whole else "a number"
-            raise ValueError(f"`{name}` must be {kind} in {bracket}{lower}, {upper}] but is {entry!r}.")
-    return values
-
-
-def callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:
-    """Names that a callback wants, which a diffusers callback object says itself."""
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        return callback.tensor_inputs
-    return names
-
-
 def read_model_index(folder: Path) -> dict[str, Any]:
     """`model_index.json` of a folder in diffusers layout."""
-    path = folder / "model_index.json"
-    if not path.is_file():
+    if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{folder} has no model_index.json, so it is no pipeline in diffusers layout. Convert original files with "
             "`hack-pipelines convert` or load them with `HackVARPipeline.from_original`."
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(index["_class_name"], str):
-            return index
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        pass
-    raise ValueError(f"{path} is damaged: it must be a JSON object with a `_class_name`.")
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{folder / 'model_index.json'} is damaged: it has no `_class_name`.")
+    return index

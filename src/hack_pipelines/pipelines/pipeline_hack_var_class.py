@@ -13,15 +13,10 @@ from ..methods import Method
 from ..models.autoencoder_msvq import MultiScaleVQModel
 from ..models.transformer_var import VARTransformer2DModel
 from ..schedule import Schedule
-from .pipeline_hack_var import (
-    HackVARPipeline,
-    SamplingSettings,
-    callback_inputs,
-    is_whole,
-    per_scale,
-)
+from .pipeline_hack_var import HackVARPipeline
 from .pipeline_output import HackVARPipelineOutput
 from .sampling import draw_tokens, gumbel_softmax
+from .settings import SamplingSettings, callback_inputs, is_whole, per_scale
 
 
 # What the original recommends for the best FID: cfg 1.5, which is 2.5 here.

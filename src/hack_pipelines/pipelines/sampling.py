@@ -3,6 +3,16 @@
 import torch
 
 
+def guide(logits: torch.Tensor, weight: float, guided: bool) -> torch.Tensor:
+    """Classifier-free guidance `weight * cond - (weight - 1) * uncond` of rows that hold both, conditional ones first."""
+    if not guided:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    # The original's order of operations: anything else changes the last bits.
+    extra = weight - 1
+    return (1 + extra) * conditional - extra * unconditional
+
+
 def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
     """
     Remove unlikely entries by setting them to minus infinity, first by rank, then by probability mass.
