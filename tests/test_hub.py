@@ -279,6 +279,14 @@ def test_failed_conversion_leaves_nothing_and_can_be_repeated(hub, original_file
     check_weights(folder, PARTS)
 
 
+def test_what_a_killed_conversion_left_is_removed(hub, original_files):
+    commit = hub.commit(VAR, original_files)
+    unfinished = Path(constants.HF_HOME, "hack_pipelines", "converted-v1", "FoundationVision--var", commit, ".d16.abc")
+    (unfinished / "vae").mkdir(parents=True)
+    check_weights(locate(VAR, variant="d16").folder, PARTS)
+    assert not unfinished.exists()
+
+
 def test_two_at_once_convert_once(hub, original_files):
     hub.commit(VAR, original_files)
     folders = []

@@ -41,6 +41,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     parser.add_argument("--seed", type=parse_seed, default=0, help="of the first picture, the next have the next ones")
     parser.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="drawn at a time (default: 8)")
+    add_output_arguments(parser)
+    add_cache_arguments(parser)
+    add_sampling_arguments(parser)
+    add_model_arguments(parser)
+    return parser
+
+
+def add_output_arguments(parser: argparse.ArgumentParser):
+    """Where pictures go."""
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
         "-o",
@@ -52,10 +61,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     output.add_argument(
         "--output-dir", type=Path, metavar="FOLDER", help="one file a picture, named by class and seed"
     )
-    add_cache_arguments(parser)
-    add_sampling_arguments(parser)
-    add_model_arguments(parser)
-    return parser
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser):

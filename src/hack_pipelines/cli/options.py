@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def load_pipeline(args: argparse.Namespace) -> "HackVARClassPipeline":
         args.model, args.variant, torch_dtype(args.dtype), head_profile=getattr(args, "head_profile", None)
     )
     pipe.set_progress_bar_config(disable=None, leave=False)
-    return cast(HackVARClassPipeline, pipe.to(device))
+    return pipe.to(device)
 
 
 def check_method(method: str, budget: float | int | str | None):

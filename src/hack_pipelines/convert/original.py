@@ -4,7 +4,9 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError
@@ -87,42 +89,48 @@ def read_pickle(path: Path, start: bytes) -> object:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     # A damaged pickle makes its reader fail in any way there is.
     except Exception as error:
-        found = unsafe_globals(path, zipped, str(error))
+        message = str(error)
+        found = sorted({*unsafe_globals(path, zipped), *re.findall(r"GLOBAL (\S+)", message)})
         if found:
             raise ValueError(
                 f"{path} is not read, because that could run code: besides tensors it names {', '.join(found)}. Where you "
                 "trust the file, load it yourself and save its state dict alone as .safetensors."
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Torch advises to read it unsafely, which is no advice to pass on.
+        unreadable = not message or message.startswith("Weights only load failed")
+        reason = f"{type(error).__name__} while reading" if unreadable else message.splitlines()[0]
         raise ValueError(f"{path} is damaged or no checkpoint of torch ({reason}): download it again.") from error
 
 
-def unsafe_globals(path: Path, zipped: bool, message: str) -> list[str]:
+def unsafe_globals(path: Path, zipped: bool) -> list[str]:
     """Names that a pickle would import and that no plain state dict needs; nothing is imported to find them."""
-    if zipped:
-        try:
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-        except (RuntimeError, ValueError):
-            return re.findall(r"GLOBAL (\S+)", message)
-    return sorted({name for name in pickled_globals(path) if name.rpartition(".")[0] not in PLAIN_MODULES})
+    names: list[str] = []
+    # Damaged files end the search: there is no more to find than what was found before.
+    with suppress(Exception):
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                for record in archive.namelist():
+                    if record.endswith("data.pkl"):
+                        with archive.open(record) as stream:
+                            collect_globals(stream, names)
+        else:
+            with path.open("rb") as stream:
+                # The format before the zip one is several pickles in a row, then raw data.
+                while True:
+                    collect_globals(stream, names)
+    return [name for name in names if name.rpartition(".")[0] not in PLAIN_MODULES]
 
 
-def pickled_globals(path: Path) -> Iterator[str]:
-    """Names in the pickles that a file starts with; the format before the zip one has several in a row."""
+def collect_globals(stream: IO[bytes], names: list[str]):
+    """Append what one pickle would import to `names`."""
     strings: list[str] = []
-    with path.open("rb") as stream:
-        try:
-            while True:
-                for operation, argument, _ in pickletools.genops(stream):
-                    if operation.name == "GLOBAL":
-                        yield str(argument).replace(" ", ".")
-                    elif operation.name == "STACK_GLOBAL" and len(strings) > 1:
-                        yield ".".join(strings[-2:])
-                    elif isinstance(argument, str):
-                        strings.append(argument)
-        # What follows the pickles is raw data, or the file is no pickle at all: either way there is no more to find.
-        except Exception:
-            return
+    for operation, argument, _ in pickletools.genops(stream):
+        if operation.name == "GLOBAL":
+            names.append(str(argument).replace(" ", "."))
+        elif operation.name == "STACK_GLOBAL" and len(strings) > 1:
+            names.append(".".join(strings[-2:]))
+        elif isinstance(argument, str):
+            strings.append(argument)
 
 
 def checked(path: Path, content: object) -> dict[str, torch.Tensor]:
@@ -134,13 +142,15 @@ def checked(path: Path, content: object) -> dict[str, torch.Tensor]:
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided:
             continue
-        inner = ["".join(f"[{part!r}]" for part in parts) for parts in nested_state_dicts(content) if len(parts) > 0]
-        if inner:
+        inner = ["".join(f"[{part!r}]" for part in parts) for parts in nested_state_dicts(content)]
+        if inner and not isinstance(value, torch.Tensor):
             raise ValueError(
                 f"{path} is a training checkpoint, with state dicts inside at {', '.join(inner)}: save the one that is "
                 "wanted as a file of its own."
             )
-        kind = f"a sparse tensor ({value.layout})" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        kind = f"a {type(value).__name__}"
+        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+            kind = f"a sparse tensor ({value.layout})"
         raise ValueError(f"{path} holds {kind} under {key!r}: expected a state dict, tensors by name.")
     return {key: value.detach() for key, value in content.items()}
 

@@ -82,7 +82,9 @@ def matches(tokens: Tokens, reference: Tokens) -> list[torch.Tensor]:
     """Where tokens equal those of the reference, `[images, n_k]` of every scale."""
     shapes, expected = ([list(ids.shape) for ids in scales] for scales in (tokens, reference))
     if not shapes or shapes != expected:
-        raise ValueError(f"`tokens` and `reference` must have the same scales but have the shapes {shapes} and {expected}.")
+        raise ValueError(
+            f"`tokens` and `reference` must have the same scales but have the shapes {shapes} and {expected}."
+        )
     return [ids == others.to(ids.device) for ids, others in zip(tokens, reference)]
 
 

@@ -158,6 +158,9 @@ def converted_folder(repo: OriginalRepo, variant: str | None, options: dict[str,
         with WeakFileLock(parent / f"{variant}.lock"):
             if folder.is_dir() and not options["force_download"]:
                 return folder
+            # Under the lock nobody is at work here: what is unfinished belonged to a process that was killed.
+            for unfinished in parent.glob(f".{variant}.*"):
+                shutil.rmtree(unfinished)
             files = [
                 hf_hub_download(repo.name, filename, **{**options, "revision": commit})
                 for filename in (repo.transformers[variant], repo.tokenizer)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -61,7 +61,7 @@ class HackVARPipeline(DiffusionPipeline):
         dtype: torch.dtype | dict[str, torch.dtype] | None = None,
         head_profile: str | Path | HeadProfile | None = None,
         **kwargs: Any,
-    ) -> "HackVARPipeline":
+    ) -> Self:
         """
         Load a pipeline, and the head profile that belongs to it.
 
@@ -95,7 +95,9 @@ class HackVARPipeline(DiffusionPipeline):
             kwargs["dtype"] = dtype
         if source.variant is not None:
             kwargs["variant"] = source.variant
-        pipe = super(HackVARPipeline, subclass).from_pretrained(str(source.folder), use_safetensors=True, **kwargs)
+        pipe: Any = super(HackVARPipeline, subclass).from_pretrained(
+            str(source.folder), use_safetensors=True, **kwargs
+        )
         if head_profile is None and (source.folder / PROFILE_FOLDER).is_dir():
             head_profile = source.folder / PROFILE_FOLDER
         if head_profile is not None:
@@ -111,7 +113,7 @@ class HackVARPipeline(DiffusionPipeline):
         text_encoder: str | None = None,
         head_profile: str | Path | HeadProfile | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "HackVARPipeline":
+    ) -> Self:
         """
         Load a pipeline from the files that the original authors published; the family is recognised from their keys.
 

@@ -56,8 +56,9 @@ class HackVARClassPipeline(HackVARPipeline):
         self,
         transformer: VARTransformer2DModel,
         vae: MultiScaleVQModel,
-        id2label: dict[int | str, str] | None = None,
-        sampling: dict[str, float] | None = None,
+        # diffusers compares these annotations with the classes of the values, so they take no parameters.
+        id2label: dict | None = None,
+        sampling: dict | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
