@@ -266,7 +266,10 @@ def device_name(device: torch.device) -> str:
 def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     lines = [" | ".join(COLUMNS.values()), " | ".join("---" for _ in COLUMNS)]
-    lines += [" | ".join(f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in COLUMNS) for row in rows]
+    lines += [
+        " | ".join(f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in COLUMNS)
+        for row in rows
+    ]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 

@@ -44,6 +44,7 @@ METHODS: dict[str, Method] = {
     "hack-swapped": HACK(rules="swapped"),
     "hack-symmetric": HACK(contextual_ratio=1.0),
     RANDOM_HEADS: HACK(),
+    "hack-post": HACK(protocol="post"),
     "random": Random(protocol="post"),
     "random-pre": Random(protocol="pre"),
     "scale_window": ScaleWindow(protocol="post"),

@@ -118,7 +118,9 @@ def plot(rows: list[dict]) -> Figure:
             )
             sizes, means, errors = zip(*points)
             style = "-" if method.startswith(HACK) else "--"
-            axes.errorbar(sizes, means, errors, label=method, marker="o", ms=4, ls=style, color=f"C{number}", capsize=2)
+            axes.errorbar(
+                sizes, means, errors, label=method, marker="o", ms=4, ls=style, color=f"C{number}", capsize=2
+            )
         axes.set(xlabel="stored at most, MiB per image", ylabel=title, xscale="log")
         axes.grid(alpha=0.3)
     axes.legend()

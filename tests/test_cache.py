@@ -21,12 +21,22 @@ METHODS = [
     HACK(),
     HACK(rules="swapped"),
     HACK(merge_at="every", cfg_sets="from_cond"),
+    HACK(protocol="post"),
     Random(),
     Random(protocol="pre"),
     ScaleWindow(),
     ScaleWindow(protocol="pre"),
 ]
-METHOD_IDS = ["hack", "hack-swapped", "hack-every", "random", "random-pre", "scale_window", "scale_window-pre"]
+METHOD_IDS = [
+    "hack",
+    "hack-swapped",
+    "hack-every",
+    "hack-post",
+    "random",
+    "random-pre",
+    "scale_window",
+    "scale_window-pre",
+]
 every_method = pytest.mark.parametrize("method", METHODS, ids=METHOD_IDS)
 WIDE = Schedule(((1, 1), (1, 3), (2, 5), (3, 8), (5, 14)))
 
@@ -161,7 +171,7 @@ def test_equals_dense_attention_with_a_mask(method, budget):
 
 
 def method_options(method):
-    return {name: value for name, value in vars(method).items() if name != "protocol"}
+    return dict(vars(method))
 
 
 def record_views(cache):

@@ -204,6 +204,7 @@ def test_plan_refuses_what_it_cannot_hold():
         ({"merge_at": "always"}, "merge_at"),
         ({"cfg_sets": "both"}, "cfg_sets"),
         ({"rules": "none"}, "rules"),
+        ({"protocol": "static"}, "protocol"),
     ],
 )
 def test_hack_options_are_checked(options, match):

@@ -1,4 +1,8 @@
-"""Writes the averaged weights of a training, finished or not, as a pipeline folder in half precision."""
+"""Writes the averaged weights of a training, finished or not, as a pipeline folder in half precision.
+
+With the head profile of the model beside them, and on demand the tokens of the held-out pictures, which the benchmarks
+measure on.
+"""
 
 import argparse
 import json
@@ -6,9 +10,13 @@ from pathlib import Path
 
 import torch
 from common import save_sheet
+from data import HELD_OUT_CONCEPT, HELD_OUT_PICTURE, load_data, plain_view
+from safetensors.torch import save_file
+from train_tokenizer import SIDE
 from train_transformer import CONFIG
 
 from hack_pipelines import HackVARClassPipeline, MultiScaleVQModel, VARTransformer2DModel
+from hack_pipelines.calibration import calibrate
 
 
 # Judged on sheets of samples: more guidance than the released models need, because this one is small.
@@ -31,16 +39,48 @@ def export(data: Path, runs: Path, output: Path) -> HackVARClassPipeline:
     return pipe
 
 
+def save_profile(output: Path, samples: int) -> None:
+    """Calibrates the saved pipeline, as users do, and keeps the head profile beside its weights."""
+    pipe = HackVARClassPipeline.from_pretrained(output)
+    calibrate(pipe, num_samples=samples, batch_size=10, base_model="demo").save_pretrained(output / "head_profile")
+
+
+@torch.no_grad()
+def save_held_out(data_folder: Path, output: Path, path: Path) -> None:
+    """Tokens and classes of all held-out pictures, as the saved tokenizer sees them.
+
+    `tokens` are `[pictures, N]` in int16, `labels` are class ids, `seen` tells other pictures of trained concepts from
+    held-out concepts.
+    """
+    data = load_data(data_folder)
+    pipe = HackVARClassPipeline.from_pretrained(output)
+    seen, unseen = data.indices(HELD_OUT_PICTURE), data.indices(HELD_OUT_CONCEPT)
+    rows = torch.cat((seen, unseen))
+    features = torch.cat([pipe.vae.encode(plain_view(data.images[part], SIDE)) for part in rows.split(32)])
+    tokens = torch.cat(pipe.vae.tokenize(features, pipe.transformer.schedule), dim=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"tokens": tokens.short(), "labels": data.class_ids[rows], "seen": torch.arange(len(rows)) < len(seen)}
+    save_file(arrays, path)
+
+
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=here / "data", help="folder that data.py wrote")
     parser.add_argument("--runs", type=Path, default=here / "runs", help="folder of the trainings")
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline")
+    parser.add_argument(
+        "--profile-samples", type=int, default=70, help="images to calibrate on; 0 leaves the profile out"
+    )
+    parser.add_argument("--held-out", type=Path, help="safetensors file for the tokens of the held-out pictures")
     parser.add_argument("--sheet", type=Path, help="PNG of one sample a class")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     export(arguments.data, arguments.runs, arguments.output)
+    if arguments.profile_samples:
+        save_profile(arguments.output, arguments.profile_samples)
+    if arguments.held_out is not None:
+        save_held_out(arguments.data, arguments.output, arguments.held_out)
     if arguments.sheet is not None:
         pipe = HackVARClassPipeline.from_pretrained(arguments.output)
         classes = list(range(pipe.transformer.config.num_classes))

@@ -1,6 +1,6 @@
 """HACK: head-aware compression with two head types (arXiv 2504.09261)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -44,6 +44,9 @@ class HACK(Method):
             Whether unconditional rows choose for themselves or take over the choice of their conditional rows.
         rules (`"matched"` or `"swapped"`, *optional*, defaults to `"matched"`):
             `"swapped"` gives each head type the other one's selection rule, the paper's ablation.
+        protocol (`"pre"` or `"post"`, *optional*, defaults to `"pre"`):
+            `"pre"` is HACK. `"post"` attends to all that is there and stores what HACK would, without a merge: to tell what
+            its choice of tokens is worth from what it costs to attend to these only.
     """
 
     name: ClassVar[str] = "hack"
@@ -58,7 +61,7 @@ class HACK(Method):
     merge_at: str = "final"
     cfg_sets: str = "separate"
     rules: str = "matched"
-    protocol: str = field(default="pre", init=False)
+    protocol: str = "pre"
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:
@@ -73,6 +76,7 @@ class HACK(Method):
         check_choice("merge_at", self.merge_at, ("final", "every", "never"))
         check_choice("cfg_sets", self.cfg_sets, ("separate", "from_cond"))
         check_choice("rules", self.rules, ("matched", "swapped"))
+        check_choice("protocol", self.protocol, ("pre", "post"))
 
     def budgets(self, budget: int, num_contextual: int, num_structural: int, total: int) -> tuple[int, int]:
         """
