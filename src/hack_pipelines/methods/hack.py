@@ -78,7 +78,7 @@ class HACK(Method):
         check_choice("rules", self.rules, ("matched", "swapped"))
         check_choice("protocol", self.protocol, ("pre", "post"))
 
-    def budgets(self, budget: int, num_contextual: int, num_structural: int, total: int) -> tuple[int, int]:
+    def budgets(self, budget: int, num_contextual: int, num_structural: int, largest: int) -> tuple[int, int]:
         """
         Tokens for a contextual and for a structural head, `(B_C, B_S)`, that average to at most `budget`.
 
@@ -87,17 +87,17 @@ class HACK(Method):
                 Average over all heads.
             num_contextual, num_structural (`int`):
                 Heads of each type in the whole model.
-            total (`int`):
-                Tokens of the full cache, which no head can exceed.
+            largest (`int`):
+                Tokens that no head can exceed.
         """
         if not num_contextual or not num_structural:
-            return min(budget, total), min(budget, total)
+            return min(budget, largest), min(budget, largest)
         everything = budget * (num_contextual + num_structural)
         contextual = int(budget * self.contextual_ratio + 1e-6)
         structural = (everything - contextual * num_contextual) // num_structural
-        if structural > total:
-            structural = total
-            contextual = min(total, (everything - structural * num_structural) // num_contextual)
+        if structural > largest:
+            structural = largest
+            contextual = min(largest, (everything - structural * num_structural) // num_contextual)
         return contextual, structural
 
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
@@ -106,7 +106,7 @@ class HACK(Method):
         protected = sum(geometry.schedule.lengths[: self.init_scales])
         for budget in range(1, geometry.schedule.total + 1):
             contextual, structural = self.budgets(
-                budget, num_contextual, types.numel() - num_contextual, geometry.schedule.total
+                budget, num_contextual, types.numel() - num_contextual, self._largest(geometry)
             )
             if contextual >= 1 and structural > protected:
                 return budget
@@ -118,7 +118,7 @@ class HACK(Method):
         limits = dict(
             zip(
                 (CONTEXTUAL, STRUCTURAL),
-                self.budgets(budget, num_contextual, types.numel() - num_contextual, geometry.schedule.total),
+                self.budgets(budget, num_contextual, types.numel() - num_contextual, self._largest(geometry)),
             )
         )
         layers = []
@@ -162,6 +162,10 @@ class HACK(Method):
         if profile is None:
             raise ValueError("HACK needs a head profile to tell contextual heads from structural ones but got none.")
         return profile.contextual_heads(self.alpha)
+
+    def _largest(self, geometry: Geometry) -> int:
+        """The most that a head can use: attention to a part has a use for all tokens, storage alone for all but the last."""
+        return geometry.schedule.total if self.protocol == "pre" else geometry.schedule.cacheable
 
     def _structural_tiers(self, view: StepView) -> torch.Tensor:
         """
