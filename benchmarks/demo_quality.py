@@ -42,6 +42,7 @@ RANDOM_HEADS = "hack-random-heads"
 METHODS: dict[str, Method] = {
     "hack": HACK(),
     "hack-swapped": HACK(rules="swapped"),
+    "hack-contextual-rule": HACK(rules="contextual"),
     "hack-symmetric": HACK(contextual_ratio=1.0),
     RANDOM_HEADS: HACK(),
     "hack-post": HACK(protocol="post"),

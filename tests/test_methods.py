@@ -283,6 +283,8 @@ def test_contextual_rule_protects_nothing():
     assert tiers is None
     assert HACK(rules="swapped").rank(view_of(WIDE, 3, 20, label=CONTEXTUAL))[1] is not None
     assert HACK(rules="swapped").rank(view_of(WIDE, 3, 20, label=STRUCTURAL))[1] is None
+    assert HACK(rules="contextual").rank(view_of(WIDE, 3, 20, label=STRUCTURAL))[1] is None
+    assert HACK(rules="contextual").rank(view_of(WIDE, 3, 20, label=CONTEXTUAL))[1] is None
 
 
 def test_unconditional_rows_can_follow():

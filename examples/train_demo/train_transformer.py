@@ -267,8 +267,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=here / "data", help="folder that data.py wrote")
     parser.add_argument("--runs", type=Path, default=here / "runs", help="folder of the tokenizer and of checkpoints")
-    parser.add_argument("--minutes", type=float, default=75, help="training time, stops not counted")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--minutes", type=float, default=66, help="training time, stops not counted")
+    parser.add_argument("--batch-size", type=int, default=24)
     arguments = parser.parse_args()
     print(train(arguments.data, arguments.runs, arguments.minutes, arguments.batch_size))
 

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
 
 BUDGETS = (None, 0.5, 0.3, 0.1)
-NUM_CLASSES = 8
+# Different kinds of pictures among the classes of the model inside the package.
+DEMO_CLASSES = [
+    "face smiling",
+    "cat face",
+    "animal mammal",
+    "food fruit",
+    "person role",
+    "place building",
+    "transport ground",
+    "time",
+]
 
 
 @dataclass
@@ -60,9 +70,11 @@ def run(args: argparse.Namespace):
 
 
 def choose_classes(pipe: "HackVARClassPipeline") -> list[int]:
-    """Up to eight classes, spread evenly over the ids, since neighbours tend to be alike."""
+    """Eight classes: of another model than the demo up to eight, spread evenly over the ids, since neighbours are alike."""
+    if pipe.labels.keys() >= set(DEMO_CLASSES):
+        return pipe.get_label_ids(DEMO_CLASSES)
     known = sorted(map(int, pipe.config["id2label"])) or range(pipe.transformer.config["num_classes"])
-    count = min(NUM_CLASSES, len(known))
+    count = min(len(DEMO_CLASSES), len(known))
     return [known[(2 * index + 1) * len(known) // (2 * count)] for index in range(count)]
 
 

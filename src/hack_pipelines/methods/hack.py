@@ -42,8 +42,9 @@ class HACK(Method):
             At which steps contextual heads merge what they drop into what they keep.
         cfg_sets (`"separate"` or `"from_cond"`, *optional*, defaults to `"separate"`):
             Whether unconditional rows choose for themselves or take over the choice of their conditional rows.
-        rules (`"matched"` or `"swapped"`, *optional*, defaults to `"matched"`):
-            `"swapped"` gives each head type the other one's selection rule, the paper's ablation.
+        rules (`"matched"`, `"swapped"` or `"contextual"`, *optional*, defaults to `"matched"`):
+            `"swapped"` gives each head type the other one's selection rule, the paper's ablation; `"contextual"` gives all
+            heads the rule of contextual ones, so that only the budgets differ.
         protocol (`"pre"` or `"post"`, *optional*, defaults to `"pre"`):
             `"pre"` is HACK. `"post"` attends to all that is there and stores what HACK would, without a merge: to tell what
             its choice of tokens is worth from what it costs to attend to these only.
@@ -75,7 +76,7 @@ class HACK(Method):
         check_choice("query_sampling", self.query_sampling, ("lattice", "linspace"))
         check_choice("merge_at", self.merge_at, ("final", "every", "never"))
         check_choice("cfg_sets", self.cfg_sets, ("separate", "from_cond"))
-        check_choice("rules", self.rules, ("matched", "swapped"))
+        check_choice("rules", self.rules, ("matched", "swapped", "contextual"))
         check_choice("protocol", self.protocol, ("pre", "post"))
 
     def budgets(self, budget: int, num_contextual: int, num_structural: int, largest: int) -> tuple[int, int]:
@@ -146,9 +147,8 @@ class HACK(Method):
         scores = view.attention_columns(positions)
         if self.cfg_sets == "from_cond" and view.guided:
             scores = scores[: len(scores) // 2].repeat(2, 1, 1)
-        if (view.label == STRUCTURAL) == (self.rules == "matched"):
-            return scores, self._structural_tiers(view)
-        return scores, None
+        protected_label = {"matched": STRUCTURAL, "swapped": CONTEXTUAL}.get(self.rules)
+        return scores, self._structural_tiers(view) if view.label == protected_label else None
 
     def merge(
         self, view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
