@@ -46,6 +46,18 @@ def seeds(*values: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(value) for value in values]
 
 
+@torch.no_grad()
+def masked_nll(pipe: HackVARClassPipeline, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Nats per token `[images]` from one masked pass over all scales, without any cache."""
+    schedule = pipe.transformer.schedule
+    latents, inputs = torch.zeros(len(tokens), pipe.vae.config["latent_channels"], *schedule.sizes[-1]), []
+    for step, ids in enumerate(tokens.split(schedule.lengths, dim=1)):
+        latents, scale_input = pipe.vae.accumulate(latents, ids, step, schedule)
+        inputs += [] if scale_input is None else [scale_input]
+    logits = pipe.transformer(torch.cat(inputs, dim=1), labels).logits
+    return -logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).double().mean(1)
+
+
 @dataclass
 class FixedTypes:
     """Head types that a test chose, in the place of a calibrated profile."""

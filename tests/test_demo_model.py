@@ -11,7 +11,7 @@ from hack_pipelines import HACK, HackVARPipeline, Random, ScaleWindow
 from hack_pipelines.evaluation import psnr, teacher_forced_nll
 from hack_pipelines.hub import locate
 
-from .components import seeds
+from .components import masked_nll, seeds
 
 
 FOLDER = locate("demo").folder
@@ -75,15 +75,7 @@ def test_it_learned_the_held_out_pictures(full_nll):
 
 
 def test_likelihood_is_that_of_the_masked_pass(pipe, held_out, full_nll):
-    tokens, labels = held_out[0][:8], held_out[1][:8]
-    schedule = pipe.transformer.schedule
-    latents, inputs = torch.zeros(8, pipe.vae.config["latent_channels"], *schedule.sizes[-1]), []
-    with torch.no_grad():
-        for step, ids in enumerate(tokens.split(schedule.lengths, dim=1)):
-            latents, scale_input = pipe.vae.accumulate(latents, ids, step, schedule)
-            inputs += [] if scale_input is None else [scale_input]
-        logits = pipe.transformer(torch.cat(inputs, dim=1), labels).logits
-    masked = -logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).double().mean(1)
+    masked = masked_nll(pipe, held_out[0][:8], held_out[1][:8])
     torch.testing.assert_close(masked, full_nll[:8], atol=1e-4, rtol=0)
 
 

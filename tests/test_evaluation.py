@@ -14,7 +14,7 @@ from hack_pipelines import HACK, Random
 from hack_pipelines.evaluation import first_differing_step, psnr, teacher_forced_nll, token_agreement
 from hack_pipelines.evaluation.fidelity import token_agreement_by_scale
 
-from .components import half_contextual, tiny_pipeline
+from .components import half_contextual, masked_nll, tiny_pipeline
 
 
 ROOT = Path(__file__).parents[1]
@@ -66,16 +66,8 @@ def test_agreement_of_known_tokens():
 
 
 def test_likelihood_is_that_of_the_masked_pass(pipe, pictures):
-    tokens, labels = pictures
-    schedule = pipe.transformer.schedule
-    latents, inputs = torch.zeros(5, 8, 4, 4), []
-    with torch.no_grad():
-        for step, ids in enumerate(tokens.split(schedule.lengths, dim=1)):
-            latents, scale_input = pipe.vae.accumulate(latents, ids, step, schedule)
-            inputs += [] if scale_input is None else [scale_input]
-        logits = pipe.transformer(torch.cat(inputs, dim=1), labels).logits
-    wanted = -logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).double().mean(1)
-    torch.testing.assert_close(teacher_forced_nll(pipe, tokens, labels, batch_size=2), wanted, atol=1e-4, rtol=0)
+    wanted = masked_nll(pipe, *pictures)
+    torch.testing.assert_close(teacher_forced_nll(pipe, *pictures, batch_size=2), wanted, atol=1e-4, rtol=0)
 
 
 def test_likelihood_at_lossless_and_small_budgets(pipe, pictures):

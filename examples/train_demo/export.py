@@ -12,6 +12,7 @@ import torch
 from common import save_sheet
 from data import HELD_OUT_CONCEPT, HELD_OUT_PICTURE, load_data, plain_view
 from safetensors.torch import save_file
+from train_tokenizer import CONFIG as TOKENIZER_CONFIG
 from train_tokenizer import SIDE
 from train_transformer import CONFIG
 
@@ -26,7 +27,9 @@ SAMPLING = {"guidance_scale": 4.0, "top_k": 100, "top_p": 0.8}
 def export(data: Path, runs: Path, output: Path) -> HackVARClassPipeline:
     """Saves tokenizer, transformer and class names in `output`, and returns the pipeline that was saved."""
     class_names = json.loads((data / "classes.json").read_text())
-    vae = MultiScaleVQModel.from_pretrained(runs / "vae")
+    # A model that was loaded remembers the folder, which is nobody's business.
+    vae = MultiScaleVQModel(**TOKENIZER_CONFIG)
+    vae.load_state_dict(MultiScaleVQModel.from_pretrained(runs / "vae").state_dict())
     transformer = VARTransformer2DModel(
         **CONFIG,
         num_classes=len(class_names),
