@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hack_pipelines.methods import HACK, METHODS, Geometry, LayerPlan, Plan, Random, ScaleWindow, StepView, get_method
-from hack_pipelines.methods.hack import CONTEXTUAL, STRUCTURAL, merge_by_cosine
+from hack_pipelines.methods.hack import CONTEXTUAL, STRUCTURAL, merge_by_cosine, summed_at
 from hack_pipelines.methods.scale_window import even_subsample, kept_ids
 from hack_pipelines.methods.selection import lattice_positions, linspace_positions, observed_positions, top
 from hack_pipelines.schedule import Schedule
@@ -322,6 +322,13 @@ def test_merge_equals_the_oracle(stored):
         for head in range(2):
             for part, wanted in zip(merged, merge_oracle(view, kept, row, head)):
                 np.testing.assert_allclose(part[row, head].numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_by_target_are_those_of_a_product():
+    target, weights = torch.randint(0, 5, (2, 3, 40)), torch.rand(2, 3, 40)
+    values = torch.randn(2, 3, 40, 8)
+    assignment = torch.nn.functional.one_hot(target, 5).transpose(-1, -2) * weights.unsqueeze(2)
+    torch.testing.assert_close(summed_at(target, weights, values, 5), assignment @ values)
 
 
 def test_merge_of_one_equal_and_of_orthogonal_tokens():

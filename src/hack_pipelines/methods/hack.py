@@ -211,12 +211,40 @@ def merge_by_cosine(
         if not part_key.shape[2]:
             continue
         cosines = F.normalize(part_key.float(), dim=-1) @ unit_kept.transpose(-1, -2)
-        weights, target = cosines.max(-1, keepdim=True)
-        weights = weights.clamp_min(0) * mask.unsqueeze(-1)
-        # A matrix product sums in a fixed order on every device, where scattering would not on a GPU.
-        assignment = torch.zeros_like(cosines).scatter_(-1, target, weights).transpose(-1, -2)
-        merged_key = merged_key + assignment @ part_key.float()
-        merged_value = merged_value + assignment @ part_value.float()
-        weight_sums = weight_sums + assignment.sum(-1)
+        weights, target = cosines.max(-1)
+        weights = weights.clamp_min(0) * mask
+        merged_key = merged_key + summed_at(target, weights, part_key, kept.shape[2])
+        merged_value = merged_value + summed_at(target, weights, part_value, kept.shape[2])
+        weight_sums = (
+            weight_sums + summed_at(target, weights, torch.ones_like(weights).unsqueeze(-1), kept.shape[2])[..., 0]
+        )
     weight_sums = weight_sums.unsqueeze(-1)
     return (merged_key / weight_sums).to(key.dtype), (merged_value / weight_sums).to(value.dtype)
+
+
+def summed_at(target: torch.Tensor, weights: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
+    """
+    Weighted sums of values by their target, `[rows, heads, count, channels]` in float32, in a fixed order.
+
+    Args:
+        target, weights (`torch.Tensor`):
+            Where each value goes, and how much of it, `[rows, heads, tokens]`.
+        values (`torch.Tensor`):
+            `[rows, heads, tokens, channels]`.
+        count (`int`):
+            Targets of a head.
+    """
+    rows, heads, tokens, channels = values.shape
+    if values.device.type != "cpu":
+        # Adding in place would sum in any order there, while a product is as good as free.
+        assignment = weights.new_zeros(rows, heads, count, tokens).scatter_(
+            2, target.unsqueeze(2), weights.unsqueeze(2)
+        )
+        return assignment @ values.float()
+    starts = torch.arange(0, rows * heads * count, count).view(rows, heads, 1)
+    weighted = (values.float() * weights.unsqueeze(-1)).view(-1, channels)
+    return (
+        weighted.new_zeros(rows * heads * count, channels)
+        .index_add_(0, (target + starts).flatten(), weighted)
+        .view(rows, heads, count, channels)
+    )
