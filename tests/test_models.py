@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from hack_pipelines import MultiScaleVQModel, VARTransformer2DModel
 from hack_pipelines.cache import FullCache
-from hack_pipelines.models.transformer_var import VARAttention
+from hack_pipelines.models.layers import ScaleAttention
 from hack_pipelines.schedule import Schedule
 
 from .components import SIDES, tiny_transformer, tiny_vae
@@ -61,7 +61,7 @@ def test_both_halves_of_guidance_read_the_same_latents():
 
 def test_attention_without_normalisation_has_the_extra_quarter():
     torch.manual_seed(0)
-    attention = VARAttention(24, heads=3, layer_idx=0, l2_norm=False)
+    attention = ScaleAttention(24, heads=3, layer_idx=0, l2_norm=False)
     hidden_states = torch.randn(2, 5, 24)
     query, key, value = attention.to_qkv(hidden_states).view(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4)
     weights = (query @ key.transpose(-1, -2) * 0.25 / math.sqrt(8)).softmax(-1)
@@ -70,7 +70,7 @@ def test_attention_without_normalisation_has_the_extra_quarter():
 
 
 def test_temperature_is_clamped_on_the_log():
-    attention = VARAttention(16, heads=2, layer_idx=0, l2_norm=True)
+    attention = ScaleAttention(16, heads=2, layer_idx=0, l2_norm=True)
     hidden_states = torch.randn(1, 4, 16)
     with torch.no_grad():
         attention.log_scale.fill_(math.log(100))

@@ -59,6 +59,18 @@ MERGED_SUBGROUPS = {
     "currency": "other-symbol",
     "punctuation": "other-symbol",
 }
+# Backgrounds that a caption can ask for, as RGB; white goes without saying.
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "red": (224, 62, 62),
+    "orange": (247, 160, 66),
+    "yellow": (252, 225, 112),
+    "green": (110, 190, 110),
+    "blue": (90, 155, 225),
+    "purple": (160, 110, 205),
+    "pink": (247, 175, 205),
+    "black": (30, 30, 34),
+}
 # A mirrored letter, arrow or clock is a wrong one.
 NEVER_MIRRORED = {
     "alphanum",
@@ -117,30 +129,40 @@ def load_data(folder: Path) -> EmojiData:
         )
 
 
-def on_white(images: torch.Tensor) -> torch.Tensor:
-    """Composites uint8 RGBA `[B, 4, S, S]` on white: float `[B, 3, S, S]` in [-1, 1]."""
+def colours(backgrounds: torch.Tensor) -> torch.Tensor:
+    """Colours `[B, 3, 1, 1]` in [-1, 1] of positions `[B]` in `BACKGROUNDS`."""
+    table = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1
+    return table[backgrounds][:, :, None, None]
+
+
+def on_colour(images: torch.Tensor, background: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Composites uint8 RGBA `[B, 4, S, S]` on colours `[B, 3, 1, 1]`, white by default: float `[B, 3, S, S]` in [-1, 1]."""
     images = images.float() / 255
-    colour, alpha = images[:, :3], images[:, 3:]
-    return (colour * alpha + (1 - alpha)) * 2 - 1
+    colour, alpha = images[:, :3] * 2 - 1, images[:, 3:]
+    return colour * alpha + background * (1 - alpha)
 
 
-def plain_view(images: torch.Tensor, side: int) -> torch.Tensor:
-    """The pictures on white at the training side, without augmentation."""
-    return F.interpolate(on_white(images), size=(side, side), mode="bilinear", antialias=True)
+def plain_view(images: torch.Tensor, side: int, background: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """The pictures on a plain colour at the training side, without augmentation."""
+    return F.interpolate(on_colour(images, background), size=(side, side), mode="bilinear", antialias=True)
 
 
 def augmented_view(
-    images: torch.Tensor, mirrored: torch.Tensor, side: int, generator: torch.Generator
+    images: torch.Tensor,
+    mirrored: torch.Tensor,
+    side: int,
+    generator: torch.Generator,
+    background: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """A random view: mirrored where that is allowed, up to an eighth smaller, anywhere on the white square.
+    """A random view: mirrored where that is allowed, up to an eighth smaller, anywhere on the square of one colour.
 
     The batch shares one size, because resizing with antialiasing works on whole batches only.
     """
     content = int(torch.randint(side * 7 // 8, side + 1, (), generator=generator))
-    pictures = plain_view(images, content)
+    pictures = plain_view(images, content, background)
     flip = mirrored & (torch.rand(len(images), generator=generator) < 0.5)
     pictures = torch.where(flip[:, None, None, None], pictures.flip(-1), pictures)
-    views = torch.ones(len(images), 3, side, side)
+    views = torch.ones(len(images), 3, side, side) * background
     corners = torch.randint(0, side - content + 1, (len(images), 2), generator=generator).tolist()
     for view, picture, (top, left) in zip(views, pictures, corners):
         view[:, top : top + content, left : left + content] = picture

@@ -9,13 +9,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..cache.attention import attention
 from ..cache.cache import Cache
 from ..schedule import Schedule
-
-
-# exp of it is the largest temperature of a head; float32(ln 100), as the released weights were trained with.
-MAX_LOG_SCALE = 4.605170249938965
+from .layers import FeedForward, ScaleAttention, linear, modulated_norm
 
 
 @dataclass
@@ -31,53 +27,6 @@ class VARTransformer2DModelOutput(BaseOutput):
     logits: torch.Tensor
 
 
-def linear(module: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Apply a linear layer whose weights may be half precision to the float32 stream."""
-    return module(hidden_states.to(module.weight.dtype))
-
-
-class VARAttention(nn.Module):
-    """Self-attention whose history lives in a cache, because what is kept of it is not the model's business."""
-
-    def __init__(self, dim: int, heads: int, layer_idx: int, l2_norm: bool):
-        super().__init__()
-        self.heads = heads
-        self.layer_idx = layer_idx
-        self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.to_out = nn.Linear(dim, dim)
-        self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), 4.0).log()) if l2_norm else None
-        self.logit_scale = 1.0 if l2_norm else 0.25 / (dim // heads) ** 0.5
-
-    def forward(
-        self, hidden_states: torch.Tensor, kv_cache: Cache | None = None, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        projected = linear(self.to_qkv, hidden_states).unflatten(-1, (3, self.heads, -1))
-        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.log_scale is not None:
-            temperature = self.log_scale.float().clamp_max(MAX_LOG_SCALE).exp()
-            query = F.normalize(query.float(), dim=-1) * temperature
-            key = F.normalize(key.float(), dim=-1)
-            # Attention reads one dtype, so this is what the cache holds: casting now or at every use gives the same bits.
-            query, key = query.to(value.dtype), key.to(value.dtype)
-        if kv_cache is None:
-            attended = attention(query, key, value, self.logit_scale, mask)
-        else:
-            attended = kv_cache.attend(self.layer_idx, query, key, value, self.logit_scale)
-        return linear(self.to_out, attended.transpose(1, 2).flatten(2))
-
-
-class VARFeedForward(nn.Module):
-    """Two linear layers with the tanh form of GELU between them."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.proj_in = nn.Linear(dim, hidden_dim)
-        self.proj_out = nn.Linear(hidden_dim, dim)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return linear(self.proj_out, F.gelu(linear(self.proj_in, hidden_states), approximate="tanh"))
-
-
 class VARTransformerBlock(nn.Module):
     """Attention and feed-forward, both modulated by the condition; `modulation` is a table when AdaLN is shared."""
 
@@ -86,8 +35,8 @@ class VARTransformerBlock(nn.Module):
     ):
         super().__init__()
         self.eps = eps
-        self.attn = VARAttention(dim, heads, layer_idx, l2_norm)
-        self.ff = VARFeedForward(dim, hidden_dim)
+        self.attn = ScaleAttention(dim, heads, layer_idx, l2_norm)
+        self.ff = FeedForward(dim, hidden_dim)
         self.modulation = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if shared_aln else nn.Linear(dim, 6 * dim)
 
     def forward(
@@ -102,12 +51,10 @@ class VARTransformerBlock(nn.Module):
         else:
             modulation = linear(self.modulation, F.silu(condition)).view(len(condition), 1, 6, -1)
         gate_attn, gate_ff, scale_attn, scale_ff, shift_attn, shift_ff = modulation.unbind(2)
-        normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
-        attended = self.attn(normed.mul(scale_attn.add(1)).add(shift_attn), kv_cache, mask)
+        attended = self.attn(modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), kv_cache, mask)
         # Rounded to the dtype of the branch, as the original's in-place product is under autocast.
         hidden_states = hidden_states + (attended * gate_attn).to(attended.dtype)
-        normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
-        return hidden_states + self.ff(normed.mul(scale_ff.add(1)).add(shift_ff)) * gate_ff
+        return hidden_states + self.ff(modulated_norm(hidden_states, scale_ff, shift_ff, self.eps)) * gate_ff
 
 
 class VARTransformer2DModel(ModelMixin, ConfigMixin):
@@ -227,8 +174,8 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, modulation, kv_cache, mask)
         scale, shift = linear(self.norm_modulation, F.silu(condition)).view(len(condition), 1, 2, -1).unbind(2)
-        hidden_states = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.config["norm_eps"])
-        logits = linear(self.proj_out, hidden_states.mul(scale.add(1)).add(shift)).float()
+        hidden_states = modulated_norm(hidden_states, scale, shift, self.config["norm_eps"])
+        logits = linear(self.proj_out, hidden_states).float()
         return VARTransformer2DModelOutput(logits=logits) if return_dict else (logits,)
 
     def _embed(self, latents: torch.Tensor | None, condition: torch.Tensor, step: int | None) -> torch.Tensor:

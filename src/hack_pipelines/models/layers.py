@@ -1,0 +1,88 @@
+"""Layers that the transformers of both families are made of."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..cache.attention import attention
+from ..cache.cache import Cache
+
+
+# exp of it is the largest temperature of a head; float32(ln 100), as the released weights were trained with.
+MAX_LOG_SCALE = 4.605170249938965
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of the rotary positions of a step's tokens, `[tokens, head_dim / 2]` each in float32."""
+
+
+def linear(module: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Apply a linear layer whose weights may be half precision to the float32 stream."""
+    return module(hidden_states.to(module.weight.dtype))
+
+
+def linear_fp32(module: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Apply a linear layer that autocast must not touch; float32 out."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return module(hidden_states.to(module.weight.dtype)).float()
+
+
+def modulated_norm(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+    """`LN(x) * (1 + scale) + shift` in float32, without weights of its own."""
+    normed = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=eps)
+    return normed.mul(scale.add(1)).add(shift)
+
+
+def rotate(hidden_states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate adjacent pairs of channels of `[rows, heads, tokens, head_dim]` in float32 by the angles of their token."""
+    cos, sin = rotary
+    even, odd = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class ScaleAttention(nn.Module):
+    """Self-attention whose history lives in a cache, because what is kept of it is not the model's business."""
+
+    def __init__(self, dim: int, heads: int, layer_idx: int, l2_norm: bool = True):
+        super().__init__()
+        self.heads = heads
+        self.layer_idx = layer_idx
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), 4.0).log()) if l2_norm else None
+        self.logit_scale = 1.0 if l2_norm else 0.25 / (dim // heads) ** 0.5
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        kv_cache: Cache | None = None,
+        mask: torch.Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> torch.Tensor:
+        projected = linear(self.to_qkv, hidden_states).unflatten(-1, (3, self.heads, -1))
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.log_scale is not None:
+            # In half precision the original takes the minimum in the parameter's dtype, which lowers the cap.
+            temperature = self.log_scale.clamp_max(MAX_LOG_SCALE).float().exp()
+            query = F.normalize(query.float(), dim=-1) * temperature
+            key = F.normalize(key.float(), dim=-1)
+        if rotary is not None:
+            query, key = rotate(query.float(), rotary), rotate(key.float(), rotary)
+        # Attention reads one dtype, so this is what the cache holds: casting now or at every use gives the same bits.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if kv_cache is None:
+            attended = attention(query, key, value, self.logit_scale, mask)
+        else:
+            attended = kv_cache.attend(self.layer_idx, query, key, value, self.logit_scale)
+        return linear(self.to_out, attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with the tanh form of GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.proj_in = nn.Linear(dim, hidden_dim)
+        self.proj_out = nn.Linear(hidden_dim, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return linear(self.proj_out, F.gelu(linear(self.proj_in, hidden_states), approximate="tanh"))

@@ -1,0 +1,485 @@
+"""Bitwise next-scale prediction transformer of Infinity (arXiv 2412.04431)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from ..cache.attention import attention
+from ..cache.cache import Cache
+from ..schedule import Schedule
+from .infinity_schedules import reference_size
+from .layers import FeedForward, Rotary, ScaleAttention, linear, linear_fp32, modulated_norm
+
+
+ROTARY_BASE = 10_000
+
+
+@dataclass
+class InfinityTransformer2DModelOutput(BaseOutput):
+    """
+    Output of [`InfinityTransformer2DModel`].
+
+    Args:
+        logits (`torch.Tensor`):
+            `[rows, tokens, 2 * bits_per_token]` in float32: channel `2 i + v` is the logit of bit `i` having value `v`.
+    """
+
+    logits: torch.Tensor
+
+
+class TextRows:
+    """
+    Text features of several rows, one after the other without padding, and the rows that have the same length.
+
+    Args:
+        lengths (`Sequence[int]`):
+            Text tokens of every row.
+    """
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = tuple(lengths)
+        self.groups = {length: [row for row, own in enumerate(lengths) if own == length] for length in lengths}
+
+    def split(self, packed: torch.Tensor) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Rows of equal length, and their part of `[sum of lengths, ...]` as `[rows, length, ...]`."""
+        parts = packed.split(self.lengths)
+        for rows in self.groups.values():
+            yield rows, torch.stack([parts[row] for row in rows])
+
+
+@dataclass
+class TextStates:
+    """
+    What the transformer makes of the text once: it is the same at every scale.
+
+    Args:
+        pooled (`torch.Tensor`):
+            `[rows, dim]`, the first token and the condition of the head.
+        modulation (`torch.Tensor`):
+            `[rows, 1, 6, dim]` in float32, shared by all blocks.
+        head_modulation (`torch.Tensor`):
+            `[rows, 1, 2, dim]` in float32, scale and shift.
+        hidden_states (`torch.Tensor`):
+            `[sum of lengths, dim]`, what cross-attention reads.
+        keys_values (`dict`):
+            Keys and values of cross-attention by layer, filled in as layers ask for them.
+    """
+
+    pooled: torch.Tensor
+    modulation: torch.Tensor
+    head_modulation: torch.Tensor
+    hidden_states: torch.Tensor
+    keys_values: dict[int, list[tuple[list[int], torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+
+
+class InfinityCondition:
+    """
+    Text of one call, conditional rows first. The transformer keeps here what it makes of the text, so that each prompt is
+    encoded once a call and the model itself holds no state.
+
+    Args:
+        prompt_embeds (`Sequence[torch.Tensor]`):
+            Features `[length, text_channels]` of every image's prompt, without padding.
+        negative_prompt_embeds (`Sequence[torch.Tensor]`, *optional*):
+            What guidance steers away from, one an image. `None` takes the learned unconditional features, as many of them
+            as the prompt has tokens.
+        guided (`bool`, *optional*, defaults to `True`):
+            Whether there are unconditional rows.
+    """
+
+    def __init__(
+        self,
+        prompt_embeds: Sequence[torch.Tensor],
+        negative_prompt_embeds: Sequence[torch.Tensor] | None = None,
+        guided: bool = True,
+    ):
+        self.prompt_embeds = tuple(prompt_embeds)
+        self.negative_prompt_embeds = None if negative_prompt_embeds is None else tuple(negative_prompt_embeds)
+        self.guided = guided
+        unconditional = self.negative_prompt_embeds or self.prompt_embeds
+        rows = (*self.prompt_embeds, *unconditional) if guided else self.prompt_embeds
+        self.text_rows = TextRows([len(embeds) for embeds in rows])
+        self.states: TextStates | None = None
+
+    def __len__(self) -> int:
+        return len(self.text_rows.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return self.prompt_embeds[0].device
+
+    def packed(self, unconditional: torch.Tensor) -> torch.Tensor:
+        """
+        Features of all rows, one after the other, `[sum of lengths, text_channels]` in float32.
+
+        Args:
+            unconditional (`torch.Tensor`):
+                The learned features `[text_max_length, text_channels]`.
+        """
+        parts = list(self.prompt_embeds)
+        if self.guided:
+            if self.negative_prompt_embeds is not None:
+                parts += self.negative_prompt_embeds
+            else:
+                parts += [unconditional[: len(embeds)] for embeds in self.prompt_embeds]
+        return torch.cat([part.float() for part in parts])
+
+
+def text_attention(
+    query: torch.Tensor,
+    keys_values: Sequence[tuple[list[int], torch.Tensor, torch.Tensor]],
+    scale: float,
+    in_bfloat16: bool,
+) -> torch.Tensor:
+    """
+    Attention of every row to its own text, `[rows, heads, tokens, head_dim]` in and out.
+
+    Rows of equal length are attended together: no padding, so nothing of a prompt depends on the others in its batch.
+
+    Args:
+        query (`torch.Tensor`):
+            `[rows, heads, tokens, head_dim]`.
+        keys_values (`Sequence`):
+            Rows, keys and values `[rows, heads, length, head_dim]` of every length.
+        scale (`float`):
+            Factor of the logits.
+        in_bfloat16 (`bool`):
+            Whether float32 is rounded to bfloat16 on the way in and out, as around the original's kernel.
+    """
+    if in_bfloat16 and query.dtype == torch.float32:
+        rounded = [(rows, key.bfloat16().float(), value.bfloat16().float()) for rows, key, value in keys_values]
+        return text_attention(query.bfloat16().float(), rounded, scale, False).bfloat16().float()
+    if len(keys_values) == 1:
+        _, key, value = keys_values[0]
+        return attention(query, key, value, scale)
+    output = torch.empty_like(query)
+    for rows, key, value in keys_values:
+        output[rows] = attention(query[rows], key, value, scale)
+    return output
+
+
+class TextPooling(nn.Module):
+    """One vector for a text: cross-attention from a learned query."""
+
+    def __init__(self, text_channels: int, dim: int, heads: int, in_bfloat16: bool):
+        super().__init__()
+        self.in_bfloat16 = in_bfloat16
+        self.query = nn.Parameter(torch.randn(1, heads, dim // heads) * dim**-0.5)
+        self.to_kv = nn.Linear(text_channels, 2 * dim)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, text: torch.Tensor, rows: TextRows) -> torch.Tensor:
+        keys_values = split_keys_values(linear(self.to_kv, text), rows, self.query.shape[1])
+        query = self.query.to(keys_values[0][1].dtype).unsqueeze(2).expand(len(rows.lengths), -1, -1, -1)
+        pooled = text_attention(query, keys_values, self.query.shape[2] ** -0.5, self.in_bfloat16)
+        return linear(self.to_out, pooled.flatten(1))
+
+
+class TextProjection(nn.Module):
+    """What cross-attention reads of the text."""
+
+    def __init__(self, text_channels: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(text_channels, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return linear(self.linear_2, F.gelu(linear(self.linear_1, text), approximate="tanh"))
+
+
+class TextNorm(nn.Module):
+    """Root mean square normalisation in float32."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        text = text.float()
+        return text * torch.rsqrt(text.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+
+
+def split_keys_values(
+    projected: torch.Tensor, rows: TextRows, heads: int
+) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Packed keys and values `[sum of lengths, 2 * dim]` as rows, keys and values `[rows, heads, length, head_dim]`."""
+    result = []
+    for members, part in rows.split(projected):
+        key, value = part.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        result.append((members, key.contiguous(), value.contiguous()))
+    return result
+
+
+class TextCrossAttention(nn.Module):
+    """Attention to the text, neither cosine nor rotated; its keys and values are computed once a call."""
+
+    def __init__(self, dim: int, heads: int, layer_idx: int, in_bfloat16: bool):
+        super().__init__()
+        self.heads = heads
+        self.layer_idx = layer_idx
+        self.in_bfloat16 = in_bfloat16
+        self.to_q = nn.Linear(dim, dim)
+        self.to_kv = nn.Linear(dim, 2 * dim)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, hidden_states: torch.Tensor, text: TextStates, rows: TextRows) -> torch.Tensor:
+        if self.layer_idx not in text.keys_values:
+            projected = linear(self.to_kv, text.hidden_states)
+            text.keys_values[self.layer_idx] = split_keys_values(projected, rows, self.heads)
+        query = linear(self.to_q, hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        keys_values = text.keys_values[self.layer_idx]
+        attended = text_attention(query, keys_values, query.shape[-1] ** -0.5, self.in_bfloat16)
+        return linear(self.to_out, attended.transpose(1, 2).flatten(2))
+
+
+class InfinityTransformerBlock(nn.Module):
+    """Self-attention and feed-forward, modulated by the text, with cross-attention to it in between."""
+
+    def __init__(self, dim: int, heads: int, hidden_dim: int, layer_idx: int, eps: float, in_bfloat16: bool):
+        super().__init__()
+        self.eps = eps
+        self.attn = ScaleAttention(dim, heads, layer_idx)
+        self.norm_text = nn.LayerNorm(dim, eps=eps)
+        self.cross_attn = TextCrossAttention(dim, heads, layer_idx, in_bfloat16)
+        self.ff = FeedForward(dim, hidden_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        text: TextStates,
+        rows: TextRows,
+        rotary: Rotary,
+        kv_cache: Cache | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        modulation = self.modulation + text.modulation
+        gate_attn, gate_ff, scale_attn, scale_ff, shift_attn, shift_ff = modulation.unbind(2)
+        attended = self.attn(
+            modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), kv_cache, mask, rotary
+        )
+        # Rounded to the dtype of the branch, as the original's in-place product is under autocast.
+        hidden_states = hidden_states + (attended * gate_attn).to(attended.dtype)
+        normed = F.layer_norm(
+            hidden_states.float(),
+            hidden_states.shape[-1:],
+            self.norm_text.weight.float(),
+            self.norm_text.bias.float(),
+            self.eps,
+        )
+        hidden_states = hidden_states.float() + self.cross_attn(normed, text, rows)
+        return hidden_states + self.ff(modulated_norm(hidden_states, scale_ff, shift_ff, self.eps)) * gate_ff
+
+
+class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
+    """
+    Text-to-image transformer that predicts all bits of a scale at once from the scales before it.
+
+    Args:
+        num_layers (`int`, defaults to 32):
+            Blocks.
+        num_attention_heads (`int`, defaults to 16):
+            Heads of a block.
+        attention_head_dim (`int`, defaults to 128):
+            Channels of a head.
+        bits_per_token (`int`, defaults to 32):
+            Bits of a token; four times the tokenizer's latent channels when that is patchified.
+        ff_hidden_dim (`int`, defaults to 8192):
+            Width inside the feed-forward layer.
+        text_channels (`int`, defaults to 2048):
+            Channels of the text features.
+        text_max_length (`int`, defaults to 512):
+            Most text tokens of a row.
+        num_pooling_heads (`int`, defaults to 16):
+            Heads of the attention that pools the text.
+        num_levels (`int`, defaults to 15):
+            Rows of the level table, the most scales of a schedule.
+        norm_eps (`float`, defaults to 1e-6):
+            Epsilon of all normalisations.
+        text_attention_in_bfloat16 (`bool`, defaults to `False`):
+            Whether attention to the text rounds float32 to bfloat16 on the way in and out, as the original does for its
+            kernel. Without effect in half precision.
+    """
+
+    _no_split_modules = ["InfinityTransformerBlock"]
+    _repeated_blocks = ["InfinityTransformerBlock"]
+    _keep_in_fp32_modules = [
+        "uncond_embeds",
+        "text_norm",
+        "pos_start",
+        "level_embed",
+        "shared_modulation",
+        "head_modulation",
+        "head",
+    ]
+    _skip_layerwise_casting_patterns = ["embed", "norm", "pos_start", "log_scale", "modulation", "head", "query"]
+    _skip_keys = ["kv_cache", "condition", "text", "rows"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_layers: int = 32,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 128,
+        bits_per_token: int = 32,
+        ff_hidden_dim: int = 8192,
+        text_channels: int = 2048,
+        text_max_length: int = 512,
+        num_pooling_heads: int = 16,
+        num_levels: int = 15,
+        norm_eps: float = 1e-6,
+        text_attention_in_bfloat16: bool = False,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.uncond_embeds = nn.Parameter(torch.randn(text_max_length, text_channels) * text_channels**-0.5)
+        self.text_norm = TextNorm(text_channels, norm_eps)
+        self.text_pooling = TextPooling(text_channels, dim, num_pooling_heads, text_attention_in_bfloat16)
+        self.text_proj = TextProjection(text_channels, dim)
+        self.pos_start = nn.Parameter(torch.randn(1, 1, dim) * dim**-0.5)
+        self.level_embed = nn.Embedding(num_levels, dim)
+        self.latent_embed = nn.Linear(bits_per_token, dim)
+        self.shared_modulation = nn.Linear(dim, 6 * dim)
+        self.transformer_blocks = nn.ModuleList(
+            [
+                InfinityTransformerBlock(
+                    dim, num_attention_heads, ff_hidden_dim, i, norm_eps, text_attention_in_bfloat16
+                )
+                for i in range(num_layers)
+            ]
+        )
+        self.head_modulation = nn.Linear(dim, 2 * dim)
+        self.head = nn.Linear(dim, 2 * bits_per_token)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None,
+        condition: InfinityCondition,
+        schedule: Schedule,
+        step: int | None = None,
+        kv_cache: Cache | None = None,
+        layer_guidance: Mapping[int, float] | None = None,
+        return_dict: bool = True,
+    ) -> InfinityTransformer2DModelOutput | tuple[torch.Tensor]:
+        """
+        Predict the bits of one scale, or of all scales at once (teacher forcing).
+
+        Args:
+            hidden_states (`torch.Tensor`, *optional*):
+                Resized latents `[images, tokens, bits_per_token]`: of scale `step`, or without a step those of all scales
+                but the first, one after the other. `None` for the first scale, which starts from its text.
+            condition ([`InfinityCondition`]):
+                Text of every row. With guidance there are twice as many rows as latents, conditional ones first, and both
+                halves read the same latents.
+            schedule (`Schedule`):
+                The scales.
+            step (`int`, *optional*):
+                Index of the scale, from 0. `None` runs all scales with a mask that hides later scales.
+            kv_cache (`Cache`, *optional*):
+                Holds keys and values of earlier scales; needed with `step`.
+            layer_guidance (`Mapping[int, float]`, *optional*):
+                Guidance weights by block: after it both halves of the rows go on as their guided mixture.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`InfinityTransformer2DModelOutput`] rather than a tuple.
+
+        Returns:
+            [`InfinityTransformer2DModelOutput`] or `tuple`: logits `[rows, tokens, 2 * bits_per_token]` in float32.
+
+        Raises:
+            `ValueError`: if a step comes without a cache or a cache without a step.
+        """
+        if (step is None) != (kv_cache is None):
+            raise ValueError(
+                f"`step` and `kv_cache` go together but are {step} and {kv_cache}: "
+                "give both to draw one scale, neither for teacher forcing."
+            )
+        if condition.states is None:
+            condition.states = self._encode_text(condition)
+        text = condition.states
+        steps = range(len(schedule)) if step is None else (step,)
+        rotary = rotary_positions(schedule, steps, self.config["attention_head_dim"], text.pooled.device)
+        mask = None
+        if step is None:
+            levels = torch.arange(len(schedule), device=text.pooled.device)
+            levels = levels.repeat_interleave(torch.tensor(schedule.lengths, device=levels.device))
+            mask = levels[:, None] >= levels[None, :]
+        hidden_states = self._embed(hidden_states, text.pooled, schedule, steps)
+        for index, block in enumerate(self.transformer_blocks):
+            hidden_states = block(hidden_states, text, condition.text_rows, rotary, kv_cache, mask)
+            if layer_guidance and index in layer_guidance:
+                weight = layer_guidance[index]
+                conditional, unconditional = hidden_states.chunk(2)
+                hidden_states = (weight * conditional + (1 - weight) * unconditional).repeat(2, 1, 1)
+        scale, shift = text.head_modulation.unbind(2)
+        logits = linear_fp32(self.head, modulated_norm(hidden_states, scale, shift, self.config["norm_eps"]))
+        return InfinityTransformer2DModelOutput(logits=logits) if return_dict else (logits,)
+
+    def _encode_text(self, condition: InfinityCondition) -> TextStates:
+        """What is the same at every scale."""
+        text = self.text_norm(condition.packed(self.uncond_embeds))
+        pooled = self.text_pooling(text, condition.text_rows)
+        activated = F.silu(pooled.float())
+        return TextStates(
+            pooled=pooled,
+            modulation=linear_fp32(self.shared_modulation, activated).view(len(condition), 1, 6, -1),
+            head_modulation=linear_fp32(self.head_modulation, activated).view(len(condition), 1, 2, -1),
+            hidden_states=self.text_proj(text),
+        )
+
+    def _embed(
+        self, latents: torch.Tensor | None, pooled: torch.Tensor, schedule: Schedule, steps: Sequence[int]
+    ) -> torch.Tensor:
+        """Token embeddings `[rows, tokens, dim]`: pooled text or latent, plus level."""
+        parts = []
+        if 0 in steps:
+            parts.append(pooled.unsqueeze(1) + self.pos_start + self.level_embed.weight[0])
+        if latents is not None:
+            embedded = linear(self.latent_embed, latents)
+            index = torch.tensor([step for step in steps if step for _ in range(schedule.lengths[step])])
+            # Added in place in the original: half precision is kept here, and float32 at the first scale.
+            embedded = (embedded + self.level_embed(index.to(embedded.device))).to(embedded.dtype)
+            # With guidance both halves read the same latents, so these are embedded once.
+            parts.append(embedded.repeat(len(pooled) // len(embedded), 1, 1))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def rotary_positions(schedule: Schedule, steps: Sequence[int], head_dim: int, device: torch.device) -> Rotary:
+    """
+    Cosines and sines of the tokens of some scales: the first half of a head turns with the row, the second with the column.
+
+    Rows and columns are counted in cells of the template's largest token map, rounded half to even.
+
+    Args:
+        schedule (`Schedule`):
+            The scales.
+        steps (`Sequence[int]`):
+            Indices of the scales.
+        head_dim (`int`):
+            Channels of a head.
+        device (`torch.device`):
+            Of the result.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: `[tokens, head_dim / 2]` each, in float32.
+    """
+    half = head_dim // 2
+    frequencies = 1.0 / ROTARY_BASE ** (torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
+    high, wide = reference_size(schedule)
+    angles = []
+    for step in steps:
+        height, width = schedule.sizes[step]
+        rows = torch.round(torch.arange(height, dtype=torch.float32, device=device) * (high / height))
+        columns = torch.round(torch.arange(width, dtype=torch.float32, device=device) * (wide / width))
+        by_row = torch.outer(rows, frequencies)[:, None].expand(-1, width, -1)
+        by_column = torch.outer(columns, frequencies)[None].expand(height, -1, -1)
+        angles.append(torch.cat((by_row, by_column), dim=-1).flatten(0, 1))
+    joined = torch.cat(angles)
+    return joined.cos(), joined.sin()
