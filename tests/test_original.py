@@ -1,6 +1,7 @@
 """Reading files that somebody else saved: every way to store them, and everything that is refused."""
 
 import argparse
+import json
 import os
 import pickle
 from pathlib import Path
@@ -39,10 +40,80 @@ def test_every_way_to_store_a_state_dict_gives_the_same(style, tmp_path):
                 save_file(part, path / f"model-0000{index}-of-00003.safetensors")
             else:
                 torch.save(part, path / f"pytorch_model-0000{index}-of-00003.bin")
-        (path / "model.safetensors.index.json").write_text("{}")
     read = read_state_dict(str(path))
     assert read.keys() == source.keys()
     assert all(torch.equal(read[key], source[key]) and read[key].dtype == source[key].dtype for key in source)
+
+
+def test_state_dicts_are_taken_out_of_the_places_where_the_authors_put_them(tmp_path):
+    state_dict = {"a": torch.ones(2), "b": torch.zeros(3)}
+    for content in (
+        {"vae": state_dict, "discriminator": {"c": torch.ones(1)}, "epoch": 3},
+        {"trainer": {"gpt_fsdp": state_dict, "gpt_opt": {"state": {}}}, "args": "x"},
+    ):
+        torch.save(content, tmp_path / "nested.pth")
+        read = read_state_dict(tmp_path / "nested.pth")
+        assert read.keys() == state_dict.keys() and all(torch.equal(read[key], state_dict[key]) for key in read)
+    save_file({"vae": torch.ones(2)}, tmp_path / "flat.safetensors")
+    assert list(read_state_dict(tmp_path / "flat.safetensors")) == ["vae"]
+
+
+INDEX_NAMES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
+
+
+def sharded(folder: Path, suffix: str) -> Path:
+    """Two shards with one tensor each, and a third file that the index does not name."""
+    folder.mkdir()
+    for name in ("one", "two", "three"):
+        save = save_file if suffix == ".safetensors" else torch.save
+        save({name: torch.ones(2)}, folder / f"{name}{suffix}")
+    index = {"metadata": {}, "weight_map": {name: f"{name}{suffix}" for name in ("one", "two")}}
+    (folder / INDEX_NAMES[suffix]).write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("suffix", INDEX_NAMES)
+def test_index_of_shards_says_what_is_read(suffix, tmp_path):
+    folder = sharded(tmp_path / "shards", suffix)
+    assert sorted(read_state_dict(folder)) == ["one", "two"]
+    (folder / f"two{suffix}").unlink()
+    with pytest.raises(ValueError, match=f"has no two{suffix}, which {INDEX_NAMES[suffix]} names: the download is"):
+        read_state_dict(folder)
+    (folder / INDEX_NAMES[suffix]).unlink()
+    assert sorted(read_state_dict(folder)) == ["one", "three"]
+
+
+@pytest.mark.parametrize("suffix", INDEX_NAMES)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is damaged"),
+        ("{}", "is damaged .*weight_map"),
+        ('{"weight_map": {}}', "is damaged: `weight_map` must hold the file of every weight"),
+        ('{"weight_map": {"one": 1}}', "is damaged: `weight_map` must hold the file of every weight"),
+        ('{"weight_map": ["one"]}', "is damaged: `weight_map` must hold the file of every weight"),
+        ('{"weight_map": {"one": "../one%s"}}', "it may only name .* files beside it"),
+        ('{"weight_map": {"one": "/one%s"}}', "it may only name .* files beside it"),
+        ('{"weight_map": {"one": "..\\\\one%s"}}', "it may only name .* files beside it"),
+        ('{"weight_map": {"one": "*%s"}}', "it may only name .* files beside it"),
+        ('{"weight_map": {"one": "one.txt"}}', "names 'one.txt': it may only name"),
+    ],
+)
+def test_damaged_indexes_and_paths_out_of_the_folder_are_refused(suffix, content, message, tmp_path):
+    folder = sharded(tmp_path / "shards", suffix)
+    (folder / INDEX_NAMES[suffix]).write_text(content.replace("%s", suffix))
+    with pytest.raises(ValueError, match=f"{INDEX_NAMES[suffix]} .*{message}|{message}") as caught:
+        read_state_dict(folder)
+    assert INDEX_NAMES[suffix] in str(caught.value)
+
+
+def test_two_indexes_in_a_folder_are_refused(tmp_path):
+    folder = sharded(tmp_path / "shards", ".safetensors")
+    (folder / "other.safetensors.index.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match="several models, of model.safetensors.index.json, other.safetensors.index.json"
+    ):
+        read_state_dict(folder)
 
 
 class Evil:
@@ -142,7 +213,13 @@ def test_no_flipped_byte_escapes_as_another_error(tmp_path_factory, position, va
             {"epoch": 3, "trainer": {"var_wo_ddp": {"a": torch.ones(2)}, "vae_local": {"b": torch.ones(2)}, "x": 1}},
             r"training checkpoint, with state dicts inside at \['trainer'\]\['var_wo_ddp'\], \['trainer'\]\['vae_local'\]",
         ),
-        ({"vae": {"a": torch.ones(2)}}, r"state dicts inside at \['vae'\]"),
+        ({"model": {"a": torch.ones(2)}}, r"state dicts inside at \['model'\]"),
+        (
+            {"vae": {"a": torch.ones(2)}, "trainer": {"gpt_fsdp": {"b": torch.ones(2)}}},
+            r"state dicts inside at \['vae'\], \['trainer'\]\['gpt_fsdp'\]",
+        ),
+        ({"vae": {"a": torch.ones(2), "epoch": 3}}, "holds a int under 'epoch'"),
+        ({"vae": {}}, "holds an empty state dict"),
     ],
 )
 def test_anything_but_a_flat_state_dict_is_named(content, message, tmp_path):

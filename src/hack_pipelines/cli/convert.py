@@ -27,6 +27,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="JSON_FILE",
         help='{"transformer": {...}, "tokenizer": {...}} in the original\'s field names, for models of unusual shape',
     )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="REPO_OR_FOLDER",
+        help="T5 encoder of a text-to-image model, saved into the folder (google/flan-t5-xl for Infinity)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: fp32)")
     parser.add_argument("--max-shard-size", default="1GB", metavar="SIZE", help="of a weight file (default: 1GB)")
     return parser
@@ -45,6 +50,7 @@ def run(args: argparse.Namespace):
         torch_dtype(args.dtype),
         args.max_shard_size,
         progress=sys.stderr.isatty(),
+        text_encoder=args.text_encoder,
     )
     files = [path for path in folder.rglob("*") if path.is_file()]
     print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")

@@ -11,8 +11,6 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from ..models.autoencoder_msvq import MultiScaleVQModel
-from ..models.transformer_var import VARTransformer2DModel
 from .original import shown
 
 
@@ -21,7 +19,8 @@ WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-Model = TypeVar("Model", VARTransformer2DModel, MultiScaleVQModel)
+# Any class that is a `ModelMixin` and a `ConfigMixin` of diffusers, whose own types say nothing.
+Model = TypeVar("Model", bound=Any)
 
 
 def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,7 +54,7 @@ class Conversion(Generic[Model]):
             File or folder of the state dict, for messages.
         state_dict (`dict[str, torch.Tensor]`):
             Original tensors by original key; emptied as they are used.
-        model ([`VARTransformer2DModel`] or [`MultiScaleVQModel`]):
+        model (`ModelMixin`):
             The model, with its parameters on the meta device.
         origins (`dict[str, Origin]`):
             One for each entry of the model's state dict.

@@ -7,11 +7,12 @@ from .original import shown
 
 
 VAR, MSVQ = "a VAR transformer", "the image tokenizer of VAR"
+INFINITY, BSQ = "an Infinity transformer", "an image tokenizer of Infinity"
 
 # The first kind of which any key matches is the answer, so what is particular comes before what is general.
 KINDS = (
-    ("an Infinity transformer", r"cfg_uncond|text_proj_for_(ca|sos)\..+|block_chunks\..+"),
-    ("an image tokenizer of Infinity", r"(vae\.)?quantizer?\.lfq\..+"),
+    (INFINITY, r"cfg_uncond|text_proj_for_(ca|sos)\..+|block_chunks\..+"),
+    (BSQ, r"quantizer?\.lfq\..+|(encoder|decoder)\.conv_in\.conv\..+"),
     (VAR, r"class_emb\.weight|pos_1LC|blocks\.\d+\.attn\.mat_qkv\.weight"),
     (MSVQ, r"quantize\.quant_resi\..+"),
     ("a transformer that this package has converted already", r"transformer_blocks\.\d+\.attn\.to_qkv\.weight"),
@@ -33,23 +34,38 @@ def kind_of(keys: Iterable[str]) -> str | None:
     return None
 
 
-def check_kind(argument: str, where: str, keys: Iterable[str], wanted: str):
+def check_kind(argument: str, where: str, keys: Iterable[str], wanted: tuple[str, ...]) -> str:
     """
     Refuse a file that is something else than its argument says.
+
+    Args:
+        argument (`str`):
+            Name of the argument, for messages.
+        where (`str`):
+            The file, for messages.
+        keys (`Iterable[str]`):
+            What it holds.
+        wanted (`tuple[str, ...]`):
+            Kinds that the argument may be of.
+
+    Returns:
+        `str`: which of them the file is.
 
     Raises:
         `ValueError`: naming what the file is, if that can be told, and what belongs there.
     """
     keys = list(keys)
     kind = kind_of(keys)
-    if kind == wanted:
-        return
-    message = f"`{argument}` must be {wanted}, but {where} "
+    if kind in wanted:
+        return kind
+    message = f"`{argument}` must be {' or '.join(wanted)}, but {where} "
     if kind is None:
         raise ValueError(f"{message}is of no known kind; its keys are {shown(keys)}.")
     hint = ""
-    if kind in (VAR, MSVQ):
+    if kind in (MSVQ, BSQ) and argument == "transformer":
         hint = " Are `transformer` and `tokenizer` swapped?"
+    elif kind in (VAR, MSVQ, INFINITY, BSQ):
+        hint = " Give the one that belongs to the transformer."
     elif "already" in kind:
         hint = " Load its pipeline folder with `HackVARPipeline.from_pretrained`."
     raise ValueError(f"{message}is {kind}.{hint}")

@@ -10,25 +10,15 @@ import torch
 from ..models.autoencoder_msvq import MultiScaleVQModel
 from .conversion import Conversion, Origin, empty_model
 from .fields import axes, check_number, settle
+from .names import coder_fields, coder_name
 
 
 ARGUMENT = "tokenizer"
 RESIDUAL_CONVS = "quantize.quant_resi."
 USAGE = "quantize.ema_vocab_hit_SV"
 
-# This package's names and the original's, replaced one after the other.
+# This package's names and the original's beside those of `CODER_NAMES`, replaced one after the other.
 NAMES = (
-    (r"\.down_blocks\.", ".down."),
-    (r"\.up_blocks\.", ".up."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
-    (r"\.resnets\.", ".block."),
-    (r"\.attentions\.", ".attn."),
-    (r"\.downsamplers\.0\.", ".downsample."),
-    (r"\.upsamplers\.0\.", ".upsample."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.conv_norm_out\.", ".norm_out."),
     (r"\.group_norm\.", ".norm."),
     (r"\.to_[qkv]\.", ".qkv."),
     (r"\.to_out\.0\.", ".proj_out."),
@@ -90,20 +80,13 @@ def tokenizer_fields(
 ) -> dict[str, Any]:
     """Configuration of a tokenizer in the original's field names, read off the shapes."""
     vocab_size, channels = axes(where, state_dict, "quantize.embedding.weight", 2)
-    width, in_channels, _, _ = axes(where, state_dict, "encoder.conv_in.weight", 4)
-    levels = {key.split(".")[2] for key in state_dict if key.startswith("encoder.down.")}
-    widths = [
-        axes(where, state_dict, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(len(levels))
-    ]
-    if not levels or any(entry % width for entry in widths):
-        raise ValueError(f"{where}: the encoder's widths {widths} must be multiples of its first, {width}.")
-    blocks = {key.split(".")[4] for key in state_dict if key.startswith("encoder.down.0.block.")}
+    in_channels, width, multipliers, blocks = coder_fields(where, state_dict)
     found = {
         "vocab_size": vocab_size,
         "z_channels": channels,
         "ch": width,
-        "ch_mult": tuple(entry // width for entry in widths),
-        "num_res_blocks": len(blocks),
+        "ch_mult": multipliers,
+        "num_res_blocks": blocks,
         "in_channels": in_channels,
         "quant_conv_ks": axes(where, state_dict, "quant_conv.weight", 4)[2],
         "share_quant_resi": shared,
@@ -125,11 +108,9 @@ def tokenizer_origin(name: str, shape: tuple[int, ...], levels: int, conv_name: 
     if name.startswith("quantizer.residual_convs."):
         _, _, index, kind = name.split(".")
         return Origin({f"{conv_name(int(index))}.{kind}": shape})
-    key = name
+    key = coder_name(name, levels)
     for pattern, replacement in NAMES:
         key = re.sub(pattern, replacement, key)
-    # The original counts the decoder's levels from the finest, which runs last.
-    key = re.sub(r"\.up\.(\d+)", lambda match: f".up.{levels - 1 - int(match[1])}", key)
     part = re.search(r"\.to_([qkv])\.", name)
     if part is None and ".to_out." not in name:
         return Origin({key: shape})

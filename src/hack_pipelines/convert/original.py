@@ -1,5 +1,6 @@
 """Reading state dicts that somebody else saved, without running anything that they contain."""
 
+import json
 import pickletools
 import re
 import zipfile
@@ -18,6 +19,10 @@ ZIP_START = b"PK\x03\x04"
 # What a checkpoint may name and still be nothing but tensors: torch's own reader refuses all the rest.
 PLAIN_MODULES = ("torch", "torch._utils", "torch.storage", "torch._tensor", "collections", "_codecs")
 LFS_START = b"version https://git-lfs"
+# Where the authors' own files keep the state dict among other things: tokenizers and training checkpoints of Infinity.
+KNOWN_NESTS = (("vae",), ("trainer", "gpt_fsdp"))
+# Files that say in which of several files a tensor is, and how the names of those files end.
+INDEXES = (("*.safetensors.index.json", (".safetensors",)), ("pytorch_model.bin.index.json", PICKLE_SUFFIXES))
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
@@ -27,7 +32,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     Args:
         path (`str` or `Path`):
             A `.safetensors` file, a pickle file of torch (`.pth`, in the zip format or the one before it), or a folder
-            of such files, which together hold one state dict.
+            of such files, which together hold one state dict: those that its index names, or all if it has none.
 
     Returns:
         `dict[str, torch.Tensor]`: on the CPU, in the dtypes of the file.
@@ -51,13 +56,25 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} is a Git LFS pointer of {size} bytes, not the file itself: fetch it with `git lfs pull`."
         )
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, start)
-    return checked(path, content)
+    return checked(path, unwrapped(content))
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     """One state dict out of all shards of a folder; safetensors files win over pickles of the same tensors."""
-    files = sorted(folder.glob("*.safetensors"))
-    files = files or sorted(file for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    files: list[Path] = []
+    for pattern, suffixes in INDEXES:
+        index = find_index(folder, pattern)
+        if index is not None:
+            files = [folder / name for name in sorted(set(read_weight_map(index, suffixes).values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise ValueError(
+                    f"{folder} has no {shown(missing)}, which {index.name} names: the download is incomplete."
+                )
+        else:
+            files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+        if files:
+            break
     if not files:
         raise ValueError(f"{folder} holds no checkpoint: expected *.safetensors or *{', *'.join(PICKLE_SUFFIXES)}.")
     state_dict: dict[str, torch.Tensor] = {}
@@ -70,6 +87,43 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
             )
         state_dict.update(shard)
     return state_dict
+
+
+def find_index(folder: Path, pattern: str) -> Path | None:
+    """The file in a folder that says in which of several files a tensor is, if there is one."""
+    indexes = sorted(folder.glob(pattern))
+    if len(indexes) > 1:
+        raise ValueError(
+            f"{folder} holds several models, of {', '.join(index.name for index in indexes)}: give a folder with one."
+        )
+    return indexes[0] if indexes else None
+
+
+def read_weight_map(index: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """
+    File of every tensor, as an index says; whether the files are there is not looked at.
+
+    Args:
+        index (`Path`):
+            The index.
+        suffixes (`tuple[str, ...]`):
+            How the names of the files may end.
+
+    Raises:
+        `ValueError`: if the index is damaged, or names a file that is not beside it.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is damaged ({error!r}): download it again.") from error
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not files or not all(isinstance(file, str) for file in files):
+        raise ValueError(f"{index} is damaged: `weight_map` must hold the file of every weight.")
+    for file in sorted(set(files)):
+        # Nothing that could be a path, nor a pattern where files of this name are asked for.
+        if not re.fullmatch(r"[\w-][\w.-]*", file) or Path(file).suffix not in suffixes:
+            raise ValueError(f"{index} names {file!r}: it may only name {', '.join(suffixes)} files beside it.")
+    return weight_map
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -131,6 +185,18 @@ def collect_globals(stream: IO[bytes], names: list[str]):
             names.append(".".join(strings[-2:]))
         elif isinstance(argument, str):
             strings.append(argument)
+
+
+def unwrapped(content: object) -> object:
+    """The state dict inside, if `content` holds it in a place where the authors' files do."""
+    found = []
+    for nest in KNOWN_NESTS:
+        inner = content
+        for key in nest:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            found.append(inner)
+    return found[0] if len(found) == 1 else content
 
 
 def checked(path: Path, content: object) -> dict[str, torch.Tensor]:

@@ -1,26 +1,25 @@
 """Loading original files, and turning them into a pipeline folder."""
 
-import json
 import shutil
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from ..models.autoencoder_msvq import MultiScaleVQModel
-from ..models.transformer_var import VARTransformer2DModel
-from .conversion import DTYPE_NAMES, Conversion
-from .kinds import MSVQ, VAR, check_kind
-from .msvq import tokenizer_conversion
+from ..schedule import Schedule
+from .conversion import DTYPE_NAMES
+from .families import FAMILIES, Family, Part
+from .kinds import check_kind
 from .original import read_state_dict
-from .var import transformer_conversion
+from .text_encoder import load_text_encoder
 
 
-IMAGENET_CLASSES = 1000
-DATA_FOLDER = Path(__file__).resolve().parents[1] / "data"
 PARTS = ("transformer", "tokenizer")
 
 
@@ -31,19 +30,47 @@ class Original:
 
     Args:
         family (`str`):
-            Which pipeline they make: `"var"`.
-        transformer ([`VARTransformer2DModel`]):
+            Which pipeline they make: `"var"` or `"infinity"`.
+        transformer (`ModelMixin`):
             In eval mode.
-        vae ([`MultiScaleVQModel`]):
+        vae (`ModelMixin`):
             The image tokenizer, in eval mode.
         pipeline_config (`dict[str, Any]`):
-            What the pipeline is made with besides the models.
+            What the pipeline is made with besides its components.
+        text_components (`dict[str, Any]`, *optional*):
+            The text encoder and its tokenizer, if they were asked for.
     """
 
     family: str
-    transformer: VARTransformer2DModel
-    vae: MultiScaleVQModel
+    transformer: ModelMixin
+    vae: ModelMixin
     pipeline_config: dict[str, Any]
+    text_components: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpenOriginal:
+    """
+    Original files, read, recognised and checked, but not converted yet.
+
+    Args:
+        family ([`Family`]):
+            What they are.
+        transformer ([`Conversion`]):
+            Of the transformer.
+        tokenizer ([`Conversion`]):
+            Of the image tokenizer.
+        pipeline_config (`dict[str, Any]`):
+            What the pipeline is made with besides its components.
+        text_components (`dict[str, Any]`):
+            The text encoder and its tokenizer, if they were asked for.
+    """
+
+    family: Family
+    transformer: Part
+    tokenizer: Part
+    pipeline_config: dict[str, Any]
+    text_components: dict[str, Any]
 
 
 def load_original(
@@ -51,6 +78,8 @@ def load_original(
     tokenizer: str | Path,
     config: dict[str, dict[str, Any]] | None = None,
     dtype: torch.dtype | None = None,
+    text_encoder: str | Path | None = None,
+    scale_schedule: Sequence[Sequence[int]] | None = None,
 ) -> Original:
     """
     Load models from the files that the original authors published. Nothing is held in memory twice.
@@ -64,7 +93,13 @@ def load_original(
             `{"transformer": {...}, "tokenizer": {...}}` in the original's field names; any field may be left out. What the
             files show is recognised, and must agree.
         dtype (`torch.dtype`, *optional*):
-            Of the weights, float32 by default. Tensors that need float32 keep it.
+            Of the weights, float32 by default. Tensors that need float32 keep it, and a text encoder is float16 where this
+            is half precision.
+        text_encoder (`str` or `Path`, *optional*):
+            For text-to-image families: Hub repo or folder of the T5 encoder that the model was trained with.
+        scale_schedule (`Sequence[Sequence[int]]`, *optional*):
+            For text-to-image families: height and width of every token map that the pipeline draws when it is not told a
+            size; by default those of a square image of a megapixel.
 
     Returns:
         [`Original`]: the models and what else their pipeline needs.
@@ -73,12 +108,13 @@ def load_original(
         `ValueError`: if a file is not what it should be; the message names the key, shape or file.
     """
     dtype = checked_dtype(dtype)
-    transformer_part, tokenizer_part = open_original(transformer, tokenizer, config)
+    files = open_original(transformer, tokenizer, config, dtype, text_encoder, scale_schedule)
     return Original(
-        family="var",
-        transformer=transformer_part.load(dtype),
-        vae=tokenizer_part.load(dtype),
-        pipeline_config=pipeline_config(transformer_part.model),
+        family=files.family.name,
+        transformer=files.transformer.load(dtype),
+        vae=files.tokenizer.load(dtype),
+        pipeline_config=files.pipeline_config,
+        text_components=files.text_components,
     )
 
 
@@ -90,6 +126,8 @@ def convert_original(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "1GB",
     progress: bool = True,
+    text_encoder: str | Path | None = None,
+    scale_schedule: Sequence[Sequence[int]] | None = None,
 ) -> Path:
     """
     Turn original files into a pipeline folder, which [`~HackVARPipeline.from_pretrained`] opens. Tensors are mapped from
@@ -105,11 +143,16 @@ def convert_original(
         config (`dict`, *optional*):
             As in [`load_original`].
         dtype (`torch.dtype`, *optional*):
-            Of the weights, float32 by default. Tensors that need float32 keep it.
+            As in [`load_original`].
         max_shard_size (`int` or `str`, *optional*, defaults to `"1GB"`):
             Largest size of a weight file.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        text_encoder (`str` or `Path`, *optional*):
+            As in [`load_original`]. It is saved into the folder with its tokenizer, so that the folder works alone; without
+            one the pipeline takes text features only.
+        scale_schedule (`Sequence[Sequence[int]]`, *optional*):
+            As in [`load_original`].
 
     Returns:
         `Path`: the folder.
@@ -121,18 +164,23 @@ def convert_original(
     output = Path(output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already: name a new folder, or remove this one first.")
-    transformer_part, tokenizer_part = open_original(transformer, tokenizer, config)
-    needed = transformer_part.num_bytes(dtype) + tokenizer_part.num_bytes(dtype)
+    files = open_original(transformer, tokenizer, config, dtype, text_encoder, scale_schedule)
+    own = {"transformer": files.transformer, "vae": files.tokenizer}
+    converted = sum(part.num_bytes(dtype) for part in own.values())
+    encoder = files.text_components.get("text_encoder")
+    needed = converted + (0 if encoder is None else encoder.get_memory_footprint())
     output.parent.mkdir(parents=True, exist_ok=True)
     available = shutil.disk_usage(output.parent).free
     if available < needed:
         raise ValueError(f"{output} needs {needed / 1e9:.1f} GB, but only {available / 1e9:.1f} GB are free there.")
     unfinished = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}"
     try:
-        with tqdm(total=needed, unit="B", unit_scale=True, desc="Converting", disable=not progress) as bar:
-            for name, part in (("transformer", transformer_part), ("vae", tokenizer_part)):
+        with tqdm(total=converted, unit="B", unit_scale=True, desc="Converting", disable=not progress) as bar:
+            for name, part in own.items():
                 part.save(unfinished / name, dtype, max_shard_size, bar.update)
-        write_model_index(unfinished, transformer_part.model, tokenizer_part.model)
+        for name, component in files.text_components.items():
+            component.save_pretrained(unfinished / name, max_shard_size=max_shard_size)
+        write_model_index(unfinished, files)
         if output.is_dir():
             output.rmdir()
         unfinished.rename(output)
@@ -142,24 +190,46 @@ def convert_original(
 
 
 def open_original(
-    transformer: str | Path, tokenizer: str | Path, config: dict[str, dict[str, Any]] | None
-) -> tuple[Conversion[VARTransformer2DModel], Conversion[MultiScaleVQModel]]:
-    """Both files, read, recognised and checked, but not converted yet."""
+    transformer: str | Path,
+    tokenizer: str | Path,
+    config: dict[str, dict[str, Any]] | None,
+    dtype: torch.dtype,
+    text_encoder: str | Path | None,
+    scale_schedule: Sequence[Sequence[int]] | None,
+) -> OpenOriginal:
+    """Both files, of a family that the transformer shows, and the text encoder."""
     config = checked_config(config)
-    transformer_state = read_state_dict(transformer)
-    check_kind("transformer", str(transformer), transformer_state, VAR)
-    tokenizer_state = read_state_dict(tokenizer)
-    check_kind("tokenizer", str(tokenizer), tokenizer_state, MSVQ)
-    transformer_part = transformer_conversion(str(transformer), transformer_state, config["transformer"])
-    tokenizer_part = tokenizer_conversion(str(tokenizer), tokenizer_state, config["tokenizer"])
-    for name in ("vocab_size", "latent_channels"):
-        wanted, got = transformer_part.model.config[name], tokenizer_part.model.config[name]
-        if wanted != got:
-            raise ValueError(
-                f"{transformer} and {tokenizer} do not belong together: `{name}` is {wanted} in the transformer but {got} "
-                "in the tokenizer."
-            )
-    return transformer_part, tokenizer_part
+    state_dict = read_state_dict(transformer)
+    kind = check_kind(
+        "transformer", str(transformer), state_dict, tuple(family.transformer_kind for family in FAMILIES)
+    )
+    family = next(family for family in FAMILIES if family.transformer_kind == kind)
+    family.check_text_arguments(text_encoder, scale_schedule)
+    schedule = None if scale_schedule is None else checked_schedule(scale_schedule)
+    transformer_part = family.convert_transformer(str(transformer), state_dict, config["transformer"])
+    state_dict = read_state_dict(tokenizer)
+    check_kind("tokenizer", str(tokenizer), state_dict, (family.tokenizer_kind,))
+    tokenizer_part = family.convert_tokenizer(str(tokenizer), state_dict, config["tokenizer"])
+    family.match(transformer_part, tokenizer_part, config)
+    pipeline_config = family.pipeline_config(transformer_part, tokenizer_part)
+    if schedule is not None:
+        pipeline_config["scale_schedule"] = schedule
+    text_components = {}
+    if text_encoder is not None:
+        text_components = load_text_encoder(text_encoder, transformer_part.model.config["text_channels"], dtype)
+    return OpenOriginal(family, transformer_part, tokenizer_part, pipeline_config, text_components)
+
+
+def checked_schedule(scale_schedule: Any) -> list[list[int]]:
+    """`scale_schedule` as a pipeline stores it, if it is one."""
+    try:
+        schedule = Schedule(tuple((index(height), index(width)) for height, width in scale_schedule))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`scale_schedule` must hold height and width of every token map, such as [(1, 1), (2, 2), (4, 4)], but is "
+            f"{scale_schedule!r}."
+        ) from error
+    return [list(size) for size in schedule.sizes]
 
 
 def checked_config(config: Any) -> dict[str, dict[str, Any]]:
@@ -184,17 +254,16 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def pipeline_config(transformer: VARTransformer2DModel) -> dict[str, Any]:
-    """What the pipeline is made with besides its models: class names where the classes are those of ImageNet."""
-    if transformer.config["num_classes"] != IMAGENET_CLASSES:
-        return {}
-    return {"id2label": json.loads((DATA_FOLDER / "imagenet_classes.json").read_text(encoding="utf-8"))}
-
-
-def write_model_index(folder: Path, transformer: VARTransformer2DModel, vae: MultiScaleVQModel):
-    """`model_index.json`, as the pipeline itself writes it."""
+def write_model_index(folder: Path, files: OpenOriginal):
+    """`model_index.json`, as the family's pipeline itself writes it."""
     # The pipelines import this package, so they can only be imported once it is there.
-    from ..pipelines.pipeline_hack_var_class import HackVARClassPipeline
+    from ..pipelines import PIPELINES
 
-    pipe = HackVARClassPipeline(transformer=transformer, vae=vae, **pipeline_config(transformer))
+    pipeline_class: Any = next(entry for entry in PIPELINES if entry.family == files.family.name)
+    pipe = pipeline_class(
+        transformer=files.transformer.model,
+        vae=files.tokenizer.model,
+        **files.text_components,
+        **files.pipeline_config,
+    )
     pipe.save_config(folder)

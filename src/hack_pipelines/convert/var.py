@@ -9,6 +9,7 @@ import torch
 from ..models.transformer_var import VARTransformer2DModel
 from .conversion import Conversion, Origin, empty_model
 from .fields import axes, check_number, settle
+from .names import ZERO_BIAS, check_zeros, original_name
 
 
 ARGUMENT = "transformer"
@@ -147,12 +148,10 @@ def transformer_origin(name: str, shape: tuple[int, ...], shared_aln: bool) -> O
     if rest == "attn.to_qkv.bias":
         # The key has no bias, and the zeros in its place are in the file too.
         sources: dict[str, tuple[int, ...]] = {
-            f"{prefix}attn.{part}": (shape[0] // 3,) for part in ("q_bias", "zero_k_bias", "v_bias")
+            f"{prefix}attn.{part}": (shape[0] // 3,) for part in ("q_bias", ZERO_BIAS, "v_bias")
         }
         return Origin(sources, lambda *biases: torch.cat([bias.float() for bias in biases]))
-    module = next(ours for ours in names if rest == ours or rest.startswith(f"{ours}."))
-    key = prefix + names[module] + rest[len(module) :]
-    return Origin({key: shape})
+    return Origin({prefix + original_name(rest, names): shape})
 
 
 def check_buffers(where: str, state_dict: dict[str, torch.Tensor], model: VARTransformer2DModel):
@@ -171,7 +170,5 @@ def check_buffers(where: str, state_dict: dict[str, torch.Tensor], model: VARTra
             raise ValueError(
                 f"{where}: {MASK} must hide later scales and nothing else, but does not in rows {begin} to {end}."
             )
-    for layer in range(model.config["num_layers"]):
-        key = f"blocks.{layer}.attn.zero_k_bias"
-        if state_dict[key].float().count_nonzero():
-            raise ValueError(f"{where}: {key} must be all zeros, because keys have no bias, but is not.")
+    layers = range(model.config["num_layers"])
+    check_zeros(where, state_dict, (f"blocks.{layer}.attn.{ZERO_BIAS}" for layer in layers))

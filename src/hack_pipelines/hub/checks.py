@@ -9,16 +9,21 @@ import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 
+from ..convert.original import read_weight_map
+from ..models.autoencoder_bsq import MultiScaleBSQModel
 from ..models.autoencoder_msvq import MultiScaleVQModel
+from ..models.transformer_infinity import InfinityTransformer2DModel
 from ..models.transformer_var import VARTransformer2DModel
 
 
 # Modules whose classes a model_index.json may name: diffusers imports what it names.
 LIBRARIES = ("diffusers", "hack_pipelines", "transformers")
 OWN_MODELS: dict[tuple[str, str], type[ModelMixin]] = {
-    (model.__module__, model.__name__): model for model in (MultiScaleVQModel, VARTransformer2DModel)
+    (model.__module__, model.__name__): model
+    for model in (InfinityTransformer2DModel, MultiScaleBSQModel, MultiScaleVQModel, VARTransformer2DModel)
 }
 WEIGHTS_NAME = "diffusion_pytorch_model"
+TRANSFORMERS_WEIGHTS_NAME = "model"
 PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
@@ -30,7 +35,8 @@ def check_weights(folder: Path, components: list[str], variant: str | None = Non
         folder (`Path`):
             Folder with a `model_index.json`.
         components (`list[str]`):
-            Which components to compare; those whose class is not of this package are left alone.
+            Which components to compare. Of those whose class is of transformers, the files are looked at, but not whether
+            every weight is there; those of other classes are left alone.
         variant (`str`, *optional*):
             Variant of the weight files.
 
@@ -45,6 +51,12 @@ def check_weights(folder: Path, components: list[str], variant: str | None = Non
         raise ValueError(f"{folder} has no weight files of variant {variant!r}: {known_variants(folder)}.")
     for name, model_class in own.items():
         check_component(folder / name, model_class, variants[name])
+    for name in components:
+        module, class_name = classes.get(name, ("", ""))
+        # Tokenizers have no weights.
+        if module == "transformers" and "Tokenizer" not in class_name:
+            stem = TRANSFORMERS_WEIGHTS_NAME
+            stored_shapes(folder / name, variant if has_weights(folder / name, variant, stem) else None, stem)
 
 
 def component_classes(folder: Path) -> dict[str, tuple[str, str]]:
@@ -100,21 +112,19 @@ def check_component(folder: Path, model_class: type[ModelMixin], variant: str | 
         )
 
 
-def stored_shapes(folder: Path, variant: str | None) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """File, shape and dtype of every tensor in the weight files of a model."""
-    index_path = folder / index_name(variant)
+def stored_shapes(
+    folder: Path, variant: str | None, stem: str = WEIGHTS_NAME
+) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """File, shape and dtype of every tensor in the weight files of a model, whose names begin with `stem`."""
+    index_path = folder / index_name(variant, stem)
     if not index_path.is_file():
-        path = folder / weights_name(variant)
+        path = folder / weights_name(variant, stem)
         if not path.is_file():
             raise ValueError(f"{folder} has no {path.name}{pickles_instead(folder)}.")
         return read_header(path)
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index_path} is damaged: `weight_map` must hold the file of every weight.")
+    weight_map = read_weight_map(index_path, (".safetensors",))
     stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for file in sorted(set(weight_map.values())):
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-            raise ValueError(f"{index_path} names {file!r}: it may only name .safetensors files beside it.")
         if not (folder / file).is_file():
             raise ValueError(f"{folder} has no {file}, which {index_path.name} names: the download is incomplete.")
         stored.update(read_header(folder / file))
@@ -147,23 +157,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def weights_name(variant: str | None) -> str:
+def weights_name(variant: str | None, stem: str = WEIGHTS_NAME) -> str:
     """The weight file of a model that has one."""
-    return f"{WEIGHTS_NAME}.safetensors" if variant is None else f"{WEIGHTS_NAME}.{variant}.safetensors"
+    return f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors"
 
 
-def index_name(variant: str | None) -> str:
+def index_name(variant: str | None, stem: str = WEIGHTS_NAME) -> str:
     """The file that says in which of several files a weight is."""
-    return (
-        f"{WEIGHTS_NAME}.safetensors.index.json"
-        if variant is None
-        else f"{WEIGHTS_NAME}.safetensors.index.{variant}.json"
-    )
+    return f"{stem}.safetensors.index.json" if variant is None else f"{stem}.safetensors.index.{variant}.json"
 
 
-def has_weights(folder: Path, variant: str | None) -> bool:
+def has_weights(folder: Path, variant: str | None, stem: str = WEIGHTS_NAME) -> bool:
     """Whether there is a weight file, or an index of several, of a variant."""
-    return (folder / weights_name(variant)).is_file() or (folder / index_name(variant)).is_file()
+    return (folder / weights_name(variant, stem)).is_file() or (folder / index_name(variant, stem)).is_file()
 
 
 def known_variants(folder: Path) -> str:

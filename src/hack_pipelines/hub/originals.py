@@ -4,6 +4,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class OriginalModel:
+    """
+    Original files of a model.
+
+    Args:
+        transformer (`str`):
+            File of the transformer, or, with a `/` at the end, folder of its shards and of the index that names them.
+        tokenizer (`str`):
+            File of the image tokenizer.
+        pixel_class (`str`, *optional*):
+            For Infinity: size of the images that it was trained for, as in `infinity_schedules.py`.
+    """
+
+    transformer: str
+    tokenizer: str
+    pixel_class: str | None = None
+
+
+@dataclass(frozen=True)
 class OriginalRepo:
     """
     A Hub repo with original files.
@@ -11,22 +30,33 @@ class OriginalRepo:
     Args:
         name (`str`):
             Its name on the Hub.
-        tokenizer (`str`):
-            File of the image tokenizer that all of its transformers share.
-        transformers (`dict[str, str]`):
-            File of the transformer, by variant.
+        models (`dict[str, OriginalModel]`):
+            What it holds, by variant.
+        text_encoder (`str`, *optional*):
+            Hub repo of the text encoder that all of its models were trained with.
     """
 
     name: str
-    tokenizer: str
-    transformers: dict[str, str]
+    models: dict[str, OriginalModel]
+    text_encoder: str | None = None
 
 
 ORIGINAL_REPOS = (
     OriginalRepo(
         name="FoundationVision/var",
-        tokenizer="vae_ch160v4096z32.pth",
-        transformers={variant: f"var_{variant}.pth" for variant in ("d16", "d20", "d24", "d30", "d36")},
+        models={
+            variant: OriginalModel(f"var_{variant}.pth", "vae_ch160v4096z32.pth")
+            for variant in ("d16", "d20", "d24", "d30", "d36")
+        },
+    ),
+    OriginalRepo(
+        name="FoundationVision/Infinity",
+        models={
+            "2b": OriginalModel("infinity_2b_reg.pth", "infinity_vae_d32reg.pth", "1M"),
+            "8b": OriginalModel("infinity_8b_weights/", "infinity_vae_d56_f8_14_patchify.pth", "1M"),
+            "8b-512": OriginalModel("infinity_8b_512x512_weights/", "infinity_vae_d56_f8_14_patchify.pth", "0.25M"),
+        },
+        text_encoder="google/flan-t5-xl",
     ),
 )
 

@@ -10,16 +10,29 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils import WeakFileLock
 
 from ..convert import convert_original
+from ..convert.original import INDEXES, find_index, read_weight_map
+from ..models.infinity_schedules import template_schedule
 from .errors import explained
-from .originals import OriginalRepo, original_repo
+from .originals import OriginalModel, OriginalRepo, original_repo
 
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo_models"
 DEMOS = {"demo": "class", "demo-class": "class"}
 
 # Pickle files and code are never asked for. A head profile has one weight file, whatever the variant.
-SMALL_FILES = ["model_index.json", "*/*.json", "README.md", "head_profile/*.safetensors"]
+SMALL_FILES = ["model_index.json", "*/*.json", "*/spiece.model", "README.md", "head_profile/*.safetensors"]
 VARIANT_FILES = ["*/diffusion_pytorch_model.*.safetensors", "*/model.*.safetensors"]
+TEXT_ENCODER_FILES = [
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+]
 # Part of the name of converted folders: raise it when what the converter writes changes.
 CONVERTER_VERSION = 1
 
@@ -143,10 +156,11 @@ def snapshot(name: str, allowed: list[str], ignored: list[str], options: dict[st
 
 def converted_folder(repo: OriginalRepo, variant: str | None, options: dict[str, Any]) -> Path:
     """An original model in diffusers layout: converted at the first call, found in the cache at later ones."""
-    if variant not in repo.transformers:
+    if variant not in repo.models:
         raise ValueError(
-            f"{repo.name} holds several models: `variant` must be one of {', '.join(repo.transformers)} but is {variant!r}."
+            f"{repo.name} holds several models: `variant` must be one of {', '.join(repo.models)} but is {variant!r}."
         )
+    model = repo.models[variant]
     with explained(repo.name, options["revision"]):
         # Asks the Hub, or the cache without a network, which commit the revision is.
         commit = snapshot(repo.name, ["README.md"], [], {**options, "force_download": False}).name
@@ -161,10 +175,53 @@ def converted_folder(repo: OriginalRepo, variant: str | None, options: dict[str,
             # Under the lock nobody is at work here: what is unfinished belonged to a process that was killed.
             for unfinished in parent.glob(f".{variant}.*"):
                 shutil.rmtree(unfinished)
-            files = [
-                hf_hub_download(repo.name, filename, **{**options, "revision": commit})
-                for filename in (repo.transformers[variant], repo.tokenizer)
-            ]
+            transformer, tokenizer = original_files(repo.name, model, {**options, "revision": commit})
+            text_encoder = None
+            if repo.text_encoder is not None:
+                # A revision is one of the model's own repo.
+                text_encoder = text_encoder_folder(repo.text_encoder, {**options, "revision": None})
+            schedule = None if model.pixel_class is None else template_schedule(1.0, model.pixel_class).sizes
             if folder.is_dir():
                 shutil.rmtree(folder)
-            return convert_original(files[0], files[1], folder)
+            return convert_original(transformer, tokenizer, folder, text_encoder=text_encoder, scale_schedule=schedule)
+
+
+def original_files(name: str, model: OriginalModel, options: dict[str, Any]) -> tuple[Path, Path]:
+    """Transformer and image tokenizer of an original repo, in the cache of the Hub's client."""
+    if not model.transformer.endswith("/"):
+        transformer = Path(hf_hub_download(name, model.transformer, **options))
+    else:
+        part = model.transformer
+        transformer = snapshot(name, [f"{part}{pattern}" for pattern, _ in INDEXES], [], options) / part
+        # As when such a folder is read: the first index that is there counts.
+        indexes = [(find_index(transformer, pattern), suffixes) for pattern, suffixes in INDEXES]
+        found = next(((index, suffixes) for index, suffixes in indexes if index is not None), None)
+        if found is None:
+            raise ValueError(
+                f"The Hub repo {name!r} has no index of shards in {part}, such as model.safetensors.index.json."
+            )
+        shards = sorted(set(read_weight_map(*found).values()))
+        snapshot(name, [f"{part}{shard}" for shard in shards], [], options)
+    return transformer, Path(hf_hub_download(name, model.tokenizer, **options))
+
+
+def text_encoder_folder(name: str | Path, options: dict[str, Any] | None = None) -> Path:
+    """
+    The folder of a text encoder and its tokenizer, fetched if it is not here.
+
+    Args:
+        name (`str` or `Path`):
+            A folder, or a Hub repo.
+        options (`dict[str, Any]`, *optional*):
+            What the Hub's client takes: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+    Raises:
+        `ValueError`: if there is no such folder or repo.
+        `ConnectionError`: if the Hub cannot be reached and the cache does not have it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    options = options or {}
+    with explained(str(name), options.get("revision")):
+        return snapshot(str(name), TEXT_ENCODER_FILES, [], options)

@@ -110,9 +110,10 @@ class HackVARPipeline(DiffusionPipeline):
         transformer: str | Path,
         tokenizer: str | Path,
         config: dict[str, dict[str, Any]] | None = None,
-        text_encoder: str | None = None,
+        text_encoder: str | Path | None = None,
         head_profile: str | Path | HeadProfile | None = None,
         dtype: torch.dtype | None = None,
+        scale_schedule: Sequence[Sequence[int]] | None = None,
     ) -> Self:
         """
         Load a pipeline from the files that the original authors published; the family is recognised from their keys.
@@ -125,12 +126,17 @@ class HackVARPipeline(DiffusionPipeline):
             config (`dict`, *optional*):
                 `{"transformer": {...}, "tokenizer": {...}}` in the original's field names. `None` recognises it from the
                 shapes.
-            text_encoder (`str`, *optional*):
-                For text-to-image families; class-conditional ones take none.
+            text_encoder (`str` or `Path`, *optional*):
+                For text-to-image families: Hub repo or folder of the T5 encoder that the model was trained with,
+                `"google/flan-t5-xl"` for the released ones. `None` makes a pipeline that takes text features only.
             head_profile (`str`, `Path` or [`HeadProfile`], *optional*):
                 Profile to attach.
             dtype (`torch.dtype`, *optional*):
-                Of the weights, float32 by default. Tensors that need float32 keep it.
+                Of the weights, float32 by default. Tensors that need float32 keep it, and a text encoder is float16 where
+                this is half precision.
+            scale_schedule (`Sequence[Sequence[int]]`, *optional*):
+                For text-to-image families: height and width of every token map that is drawn when a call names no size;
+                by default those of a square image of a megapixel.
 
         Returns:
             [`HackVARPipeline`]: of the family's subclass.
@@ -138,13 +144,14 @@ class HackVARPipeline(DiffusionPipeline):
         Raises:
             `ValueError`: if a file is not what it should be; the message names the key, shape or file.
         """
-        if text_encoder is not None:
-            raise ValueError(
-                f"`text_encoder` is {str(text_encoder)!r} but class-conditional models have no text encoder: leave it out."
-            )
-        original = load_original(transformer, tokenizer, config, dtype)
+        original = load_original(transformer, tokenizer, config, dtype, text_encoder, scale_schedule)
         subclass = cls._subclass("family", original.family, transformer)
-        pipe = subclass(transformer=original.transformer, vae=original.vae, **original.pipeline_config)
+        pipe = subclass(
+            transformer=original.transformer,
+            vae=original.vae,
+            **original.text_components,
+            **original.pipeline_config,
+        )
         if head_profile is not None:
             pipe.load_head_profile(head_profile)
         return pipe
