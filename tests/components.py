@@ -1,8 +1,10 @@
 """Tiny real components that the tests share."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from hack_pipelines import HackVARClassPipeline, MultiScaleVQModel, VARTransformer2DModel
 
@@ -40,6 +42,18 @@ def tiny_pipeline(**overrides) -> HackVARClassPipeline:
     pipe = HackVARClassPipeline(transformer=tiny_transformer(**overrides), vae=tiny_vae(), id2label=NAMES)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_t5(folder: Path, channels: int = 256) -> Path:
+    """A text encoder and its tokenizer, saved into one folder as on the Hub."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=16, d_model=channels, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    words = ("<pad>", "</s>", "<unk>", "▁a", "▁lighthouse", "▁storm", "▁in")
+    T5EncoderModel(config).save_pretrained(folder)
+    T5Tokenizer(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0).save_pretrained(folder)
+    return folder
 
 
 def seeds(*values: int) -> list[torch.Generator]:

@@ -102,15 +102,108 @@ def released_tokenizer() -> dict[str, tuple[int, ...]]:
     return keys | pair("quant_conv", 32, 32, 3, 3) | pair("post_quant_conv", 32, 32, 3, 3)
 
 
+# Depth, width, heads, feed-forward width, text pooling heads, bits, blocks of a chunk, keys, parameters.
+RELEASED_INFINITY = {
+    "2b": (32, 2048, 16, 8192, 16, 32, 4, 694, 2_204_564_032),
+    "8b": (40, 3584, 28, 14336, 16, 56, 5, 862, 8_375_791_824),
+}
+
+
+def released_infinity(
+    depth: int,
+    dim: int,
+    heads: int,
+    hidden_dim: int,
+    pool_heads: int,
+    bits: int,
+    chunk: int,
+    text_channels: int = 2048,
+    max_length: int = 512,
+) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a released Infinity transformer, from the published tables."""
+    pool = "text_proj_for_sos.ca"
+    keys = {
+        "cfg_uncond": (max_length, text_channels),
+        "pos_start": (1, 1, dim),
+        "text_norm.weight": (text_channels,),
+        f"{pool}.mat_q": (1, pool_heads, dim // pool_heads),
+        f"{pool}.mat_kv.weight": (2 * dim, text_channels),
+        f"{pool}.v_bias": (dim,),
+        f"{pool}.zero_k_bias": (dim,),
+        **pair(f"{pool}.proj", dim, dim),
+        **pair("text_proj_for_ca.0", dim, text_channels),
+        **pair("text_proj_for_ca.2", dim, dim),
+        "lvl_embed.weight": (15, dim),
+        **pair("word_embed", dim, bits),
+        **pair("shared_ada_lin.1", 6 * dim, dim),
+        **pair("head_nm.ada_lin.1", 2 * dim, dim),
+        **pair("head", 2 * bits, dim),
+    }
+    for index in range(depth):
+        block = f"block_chunks.{index // chunk}.module.{index % chunk}"
+        keys |= {
+            f"{block}.ada_gss": (1, 1, 6, dim),
+            f"{block}.sa.scale_mul_1H11": (1, heads, 1, 1),
+            f"{block}.sa.mat_qkv.weight": (3 * dim, dim),
+            **{f"{block}.sa.{part}_bias": (dim,) for part in ("q", "v", "zero_k")},
+            **pair(f"{block}.sa.proj", dim, dim),
+            **pair(f"{block}.ca.mat_q", dim, dim),
+            f"{block}.ca.mat_kv.weight": (2 * dim, dim),
+            **{f"{block}.ca.{part}_bias": (dim,) for part in ("v", "zero_k")},
+            **pair(f"{block}.ca.proj", dim, dim),
+            **pair(f"{block}.ca_norm", dim),
+            **pair(f"{block}.ffn.fc1", hidden_dim, dim),
+            **pair(f"{block}.ffn.fc2", dim, hidden_dim),
+        }
+    return keys
+
+
+# Bits, widths, keys, parameters.
+RELEASED_BSQ = {
+    "d32": (32, (128, 256, 512, 512, 512), 270, 110_118_051),
+    "d56_f8_14": (14, (128, 256, 512, 512), 226, 81_624_209),
+}
+
+
+def released_bsq(channels: int, widths: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a released tokenizer of Infinity, from the published tables."""
+    first, last = widths[0], widths[-1]
+    keys = {**pair("encoder.conv_in", first, 3, 3, 3), **pair("decoder.conv_in", last, channels, 3, 3)}
+    keys |= {**pair("encoder.norm_out", last), **pair("encoder.conv_out", channels, last, 3, 3)}
+    keys |= {**pair("decoder.norm_out", first), **pair("decoder.conv_out", 3, first, 3, 3)}
+    for coder in ("encoder", "decoder"):
+        keys |= residual(f"{coder}.mid.block_1", last, last) | residual(f"{coder}.mid.block_2", last, last)
+    for level, width in enumerate(widths):
+        finer, coarser = widths[max(level - 1, 0)], widths[min(level + 1, len(widths) - 1)]
+        for index in range(3):
+            if index < 2:
+                keys |= residual(f"encoder.down.{level}.block.{index}", width if index else finer, width)
+            keys |= residual(f"decoder.up.{level}.block.{index}", width if index else coarser, width)
+        if level < len(widths) - 1:
+            keys |= pair(f"encoder.down.{level}.downsample.conv", width, width, 3, 3)
+        if level > 0:
+            keys |= pair(f"decoder.up.{level}.upsample.conv", width, width, 3, 3)
+    return keys
+
+
+def wrapped(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names with the level that Infinity's tokenizers put around every convolution and norm."""
+    result = {}
+    for key, shape in shapes.items():
+        module, _, kind = key.rpartition(".")
+        result[f"{module}.{'norm' if module.split('.')[-1].startswith('norm') else 'conv'}.{kind}"] = shape
+    return result
+
+
 def outlined(shapes: dict[str, tuple[int, ...]], sides: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Weights without data; what is derived from the schedule is real, because it is compared."""
+    """Weights without data; what is derived from the schedule, and zeros, are real, because they are compared."""
     state_dict = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     if sides:
         levels = torch.arange(len(sides)).repeat_interleave(torch.tensor([side**2 for side in sides]))
         state_dict["lvl_1L"] = levels[None]
         hidden = levels[:, None] < levels[None]
         state_dict["attn_bias_for_masking"] = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[None, None]
-        for key in shapes:
-            if key.endswith("zero_k_bias"):
-                state_dict[key] = torch.zeros(shapes[key])
+    for key in shapes:
+        if key.endswith("zero_k_bias"):
+            state_dict[key] = torch.zeros(shapes[key])
     return state_dict

@@ -54,7 +54,17 @@ def run(args: argparse.Namespace):
     )
     files = [path for path in folder.rglob("*") if path.is_file()]
     print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")
-    print(f"draw with it: hack-pipelines generate --model {folder} 0")
+    print(advice(folder))
+
+
+def advice(folder: Path) -> str:
+    """What to do with a converted folder."""
+    # Classes of components by name; a pipeline that takes no text has no entry for its encoder, `[null, null]` is left out.
+    text_encoder = read_json(folder / "model_index.json").get("text_encoder", "none needed")
+    if text_encoder == [None, None]:
+        return "it draws from text features only: convert with --text-encoder to draw from prompts"
+    what = "0" if text_encoder == "none needed" else '"a lighthouse in a storm"'
+    return f"draw with it: hack-pipelines generate --model {folder} {what}"
 
 
 def read_json(path: Path) -> Any:

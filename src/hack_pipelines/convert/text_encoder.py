@@ -9,6 +9,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 from .original import shown
 
 
+# Without either, transformers would make up an empty tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -49,11 +51,13 @@ def load_text_encoder(name: str | Path, text_channels: int, dtype: torch.dtype) 
             f"{text_channels}: give the encoder that it was trained with."
         )
     stored_shapes(folder, None, TRANSFORMERS_WEIGHTS_NAME)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer: expected {' or '.join(TOKENIZER_FILES)} beside the text encoder.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Whatever is missing or damaged makes it fail in any way there is.
     except Exception as error:
-        raise ValueError(f"{folder} has no tokenizer of T5 that can be read: {error}") from error
+        raise ValueError(f"{folder} has a tokenizer that cannot be read ({error}): download it again.") from error
     loaded: Any = T5EncoderModel.from_pretrained(
         folder,
         dtype=torch.float16 if dtype in HALF_PRECISION else torch.float32,
