@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5EncoderModel
+from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from hack_pipelines.cache.cache import FullCache
+from hack_pipelines.cli import main
 from hack_pipelines.convert import load_original
 from hack_pipelines.convert.bsq import tokenizer_conversion
 from hack_pipelines.convert.infinity import transformer_conversion
@@ -403,6 +404,36 @@ def test_text_encoder_is_float16_where_the_model_is_of_half_precision(dtype, t5)
         assert parameter.dtype == (torch.float32 if ".wo." in name else expected), name
         assert torch.equal(parameter, stored[name].to(parameter.dtype)), name
     assert tokenizer("a storm").input_ids == [3, 5, 1]
+
+
+def test_text_encoder_is_taken_out_of_a_sharded_whole_model(t5, tmp_path):
+    config = T5Config.from_pretrained(t5)
+    config.num_decoder_layers = 1
+    whole = T5ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path, max_shard_size="30KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((t5 / name).read_bytes())
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1 and not (tmp_path / "model.safetensors").exists()
+    text_encoder = load_original(TRANSFORMER, TOKENIZER, text_encoder=tmp_path).text_components["text_encoder"]
+    expected = whole.encoder.state_dict()
+    got = text_encoder.encoder.state_dict()
+    assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
+    shards[0].unlink()
+    with pytest.raises(ValueError, match=f"has no {shards[0].name}, which model.safetensors.index.json names"):
+        load_original(TRANSFORMER, TOKENIZER, text_encoder=tmp_path)
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_convert_command_takes_a_text_encoder(with_text, t5, tmp_path, capsys):
+    folder = tmp_path / "converted"
+    options = ["--text-encoder", str(t5)] if with_text else []
+    assert main(["convert", str(TRANSFORMER), str(TOKENIZER), str(folder), *options]) == 0
+    assert (folder / "text_encoder").is_dir() is (folder / "tokenizer").is_dir() is with_text
+    advice = "it draws from text features only: convert with --text-encoder to draw from prompts"
+    if with_text:
+        advice = f'draw with it: hack-pipelines generate --model {folder} "a lighthouse in a storm"'
+    assert capsys.readouterr().out.splitlines()[1] == advice
 
 
 def damaged_t5(folder: Path, kind: str):

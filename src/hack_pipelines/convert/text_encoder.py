@@ -52,7 +52,9 @@ def load_text_encoder(name: str | Path, text_channels: int, dtype: torch.dtype) 
         )
     stored_shapes(folder, None, TRANSFORMERS_WEIGHTS_NAME)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise ValueError(f"{folder} has no tokenizer: expected {' or '.join(TOKENIZER_FILES)} beside the text encoder.")
+        raise ValueError(
+            f"{folder} has no tokenizer: expected {' or '.join(TOKENIZER_FILES)} beside the text encoder."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Whatever is missing or damaged makes it fail in any way there is.
