@@ -346,8 +346,8 @@ def test_batch_size_does_not_matter(pipe):
 
 
 def test_mean_and_variance_are_those_of_the_samples(pipe):
-    singles = [calibrate(pipe, 1, seed=seed, class_labels=[seed], progress=False) for seed in range(4)]
-    profile = calibrate(pipe, 4, class_labels=[0, 1, 2, 3], progress=False)
+    singles = [calibrate(pipe, 1, seed=seed, inputs=[seed], progress=False) for seed in range(4)]
+    profile = calibrate(pipe, 4, inputs=[0, 1, 2, 3], progress=False)
     for name, array in profile.mean.items():
         samples = torch.stack([single.mean[name] for single in singles]).double()
         torch.testing.assert_close(array, samples.mean(0).float(), rtol=1e-5, atol=1e-7)
@@ -376,7 +376,7 @@ def test_profile_names_no_folder_of_this_machine(pipe, tmp_path):
 
 
 def test_given_classes_are_taken_in_turn(pipe):
-    assert calibrate(pipe, 5, class_labels=[7, 2], progress=False).inputs == [7, 2, 7, 2, 7]
+    assert calibrate(pipe, 5, inputs=[7, 2], progress=False).inputs == [7, 2, 7, 2, 7]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -403,7 +403,7 @@ def test_pipeline_is_left_as_it_was(pipe):
 def test_state_is_put_back_after_an_error(pipe):
     config = copy.deepcopy(pipe._progress_bar_config)
     with pytest.raises(ValueError, match="10"):
-        calibrate(pipe, num_samples=2, class_labels=[1, 10], progress=False)
+        calibrate(pipe, num_samples=2, inputs=[1, 10], progress=False)
     assert pipe._progress_bar_config == config
 
 
@@ -420,7 +420,7 @@ def test_an_interrupted_calibration_gives_no_profile(pipe):
 
 def test_recording_run_draws_the_same_tokens(pipe):
     settings, geometry = pipe.prepare_settings(), pipe.geometry()
-    _, condition = pipe.calibration_batch(range(2), 2, settings.guided)
+    condition = pipe.encode_inputs(pipe.calibration_inputs(2), settings.guided)
     drawn = []
     for kind in (FullCache, RecordingCache):
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
@@ -455,7 +455,7 @@ def test_progress_is_shown_once(pipe, capsys):
     [
         ({"num_samples": 0}, "`num_samples` must be at least 1 but is 0"),
         ({"batch_size": -1}, "`batch_size` must be at least 1 but is -1"),
-        ({"class_labels": []}, "`class_labels` is empty"),
+        ({"inputs": []}, "`inputs` is empty"),
         ({"class_labels": ["cat"]}, "There is no class named 'cat'"),
     ],
 )

@@ -86,9 +86,9 @@ def freeze_key_bias(model: VARTransformer2DModel) -> None:
         bias.register_hook(lambda gradient, mask=mask: gradient * mask)
 
 
-def make_optimizers(model: VARTransformer2DModel) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else; `base_lr` is what the schedule scales."""
-    matrices = [weight for weight in model.transformer_blocks.parameters() if weight.ndim == 2]
+def make_optimizers(model: torch.nn.Module, blocks: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest of the model; `base_lr` is what the schedule scales."""
+    matrices = [weight for weight in blocks.parameters() if weight.ndim == 2]
     ids = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in ids]
     optimizers = [
@@ -226,7 +226,7 @@ def train(folder: Path, runs: Path, minutes: float, batch_size: int) -> Path:
     )
     start_weights(model)
     freeze_key_bias(model)
-    optimizers, average, step, elapsed = make_optimizers(model), WeightAverage(model), 0, 0.0
+    optimizers, average, step, elapsed = make_optimizers(model, model.transformer_blocks), WeightAverage(model), 0, 0.0
     state = load_checkpoint(runs / "transformer.pt")
     if state is not None:
         model.load_state_dict(state["model"])

@@ -15,9 +15,12 @@ _EXPORTS = {
     "HackVARClassPipeline": "pipelines.pipeline_hack_var_class",
     "HackVARPipeline": "pipelines.pipeline_hack_var",
     "HackVARPipelineOutput": "pipelines.pipeline_output",
+    "HackVARTextPipeline": "pipelines.pipeline_hack_var_text",
     "HeadGroupCache": "cache.head_group",
     "HeadProfile": "profiles.head_profile",
+    "InfinityTransformer2DModel": "models.transformer_infinity",
     "Method": "methods.base",
+    "MultiScaleBSQModel": "models.autoencoder_bsq",
     "MultiScaleVQModel": "models.autoencoder_msvq",
     "Random": "methods.random",
     "ScaleWindow": "methods.scale_window",
@@ -34,10 +37,13 @@ if TYPE_CHECKING:
     from .methods.hack import HACK
     from .methods.random import Random
     from .methods.scale_window import ScaleWindow
+    from .models.autoencoder_bsq import MultiScaleBSQModel
     from .models.autoencoder_msvq import MultiScaleVQModel
+    from .models.transformer_infinity import InfinityTransformer2DModel
     from .models.transformer_var import VARTransformer2DModel
     from .pipelines.pipeline_hack_var import HackVARPipeline
     from .pipelines.pipeline_hack_var_class import HackVARClassPipeline
+    from .pipelines.pipeline_hack_var_text import HackVARTextPipeline
     from .pipelines.pipeline_output import HackVARPipelineOutput
     from .profiles.head_profile import HeadProfile
 else:

@@ -26,7 +26,7 @@ def calibrate(
     num_samples: int = 50,
     seed: int = 0,
     batch_size: int = 1,
-    class_labels: Sequence[int | str] | None = None,
+    inputs: Sequence[int | str] | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
     progress: bool = True,
@@ -45,8 +45,9 @@ def calibrate(
             Of the first image; the next one's is larger by 1.
         batch_size (`int`, *optional*, defaults to 1):
             Images drawn together. Up to rounding the profile does not depend on it.
-        class_labels (`list[int | str]`, *optional*):
-            Classes to take in turn. Built-in ones, spread evenly over all classes, by default.
+        inputs (`list[int | str]`, *optional*):
+            Classes or prompts to take in turn. Built-in ones by default: classes spread evenly over all there are, or
+            prompts of many kinds.
         base_model (`str`, *optional*):
             Name of the model that goes into the profile; by default the repository or folder that it was loaded from.
         base_revision (`str`, *optional*):
@@ -64,17 +65,20 @@ def calibrate(
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1 but is {value}.")
-    if class_labels is not None and not len(class_labels):
-        raise ValueError("`class_labels` is empty: give at least one class, or leave it out for the built-in ones.")
+    if inputs is not None and not len(inputs):
+        raise ValueError(
+            "`inputs` is empty: give at least one class or prompt, or leave it out for the built-in ones."
+        )
     settings = pipe.prepare_settings()
     geometry = pipe.geometry()
     cache = RecordingCache(geometry.schedule, geometry.num_layers, settings.guided)
     moments: dict[str, Moments] = {}
-    inputs: list[int | str] = []
+    inputs = pipe.calibration_inputs(num_samples) if inputs is None else inputs
+    taken: list[int | str] = [inputs[sample % len(inputs)] for sample in range(num_samples)]
     with undisturbed(pipe), logging.tqdm(total=num_samples, desc="Calibrating", disable=not progress) as progress_bar:
         for start in range(0, num_samples, batch_size):
             samples = range(start, min(start + batch_size, num_samples))
-            batch, condition = pipe.calibration_batch(samples, num_samples, settings.guided, class_labels)
+            condition = pipe.encode_inputs([taken[sample] for sample in samples], settings.guided)
             generators = [torch.Generator().manual_seed(seed + sample) for sample in samples]
             cache.reset()
             pipe.draw_scales(condition, cache, settings, generators)
@@ -82,7 +86,6 @@ def calibrate(
                 raise RuntimeError("The calibration was interrupted, so there is no profile.")
             for name, arrays in cache.statistics.items():
                 moments.setdefault(name, Moments(arrays[0])).add(arrays)
-            inputs += batch
             progress_bar.update(len(samples))
     return HeadProfile(
         mean={name: entry.mean for name, entry in moments.items()},
@@ -96,7 +99,7 @@ def calibrate(
         schedule=[list(size) for size in geometry.schedule.sizes],
         dtype=str(cache.dtype).removeprefix("torch."),
         sampling=asdict(settings),
-        inputs=inputs,
+        inputs=taken,
         seeds=list(range(seed, seed + num_samples)),
         software={
             "hack_pipelines": __version__,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..methods import Method
-from ..pipelines.pipeline_hack_var_class import HackVARClassPipeline
+from ..pipelines.pipeline_hack_var import HackVARPipeline
 
 
 Tokens = Sequence[torch.Tensor]
@@ -40,11 +40,11 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 def token_agreement(tokens: Tokens, reference: Tokens) -> torch.Tensor:
     """
-    Share of the tokens of each image that equal those of the reference.
+    Share of the tokens of each image that equal those of the reference; of the bits, where tokens are made of bits.
 
     Args:
         tokens, reference (`Sequence[torch.Tensor]`):
-            Ids `[images, n_k]` of every scale, as a pipeline returns them.
+            Ids `[images, n_k]` or bits `[images, n_k, bits]` of every scale, as a pipeline returns them.
 
     Returns:
         `torch.Tensor`: `[images]` in float64.
@@ -66,7 +66,7 @@ def first_differing_step(tokens: Tokens, reference: Tokens) -> torch.Tensor:
 
     Args:
         tokens, reference (`Sequence[torch.Tensor]`):
-            Ids `[images, n_k]` of every scale, as a pipeline returns them.
+            Ids `[images, n_k]` or bits `[images, n_k, bits]` of every scale, as a pipeline returns them.
 
     Returns:
         `torch.Tensor`: `[images]`, integers; the number of scales for an image that never differs.
@@ -79,20 +79,20 @@ def first_differing_step(tokens: Tokens, reference: Tokens) -> torch.Tensor:
 
 
 def matches(tokens: Tokens, reference: Tokens) -> list[torch.Tensor]:
-    """Where tokens equal those of the reference, `[images, n_k]` of every scale."""
+    """Where tokens equal those of the reference, one row an image, of every scale."""
     shapes, expected = ([list(ids.shape) for ids in scales] for scales in (tokens, reference))
     if not shapes or shapes != expected:
         raise ValueError(
             f"`tokens` and `reference` must have the same scales but have the shapes {shapes} and {expected}."
         )
-    return [ids == others.to(ids.device) for ids, others in zip(tokens, reference)]
+    return [(ids == others.to(ids.device)).flatten(1) for ids, others in zip(tokens, reference)]
 
 
 @torch.no_grad()
 def teacher_forced_nll(
-    pipe: HackVARClassPipeline,
+    pipe: HackVARPipeline,
     tokens: torch.Tensor,
-    labels: torch.Tensor | Sequence[int],
+    inputs: Sequence[int | str],
     kv_budget: float | int | str | None = None,
     method: str | Method = "hack",
     batch_size: int = 32,
@@ -101,17 +101,18 @@ def teacher_forced_nll(
     What a model loses by compression, without the chaos of sampling: the negative log-likelihood of given tokens when
     every scale sees the true scales before it through a compressed cache.
 
-    `-1/N sum_k sum_j ln p(token_j of scale k | true scales before k, label)`. The probabilities are those of the raw
+    `-1/N sum_k sum_j ln p(token_j of scale k | true scales before k, input)`. The probabilities are those of the raw
     logits: no guidance, no temperature, no filter. With the full cache this is the training loss, the chain rule of
-    next-scale prediction (arXiv 2404.02905, equation 5).
+    next-scale prediction (arXiv 2404.02905, equation 5; for tokens made of bits, arXiv 2412.04431).
 
     Args:
-        pipe ([`HackVARClassPipeline`]):
+        pipe ([`HackVARPipeline`]):
             The model.
         tokens (`torch.Tensor`):
-            Ids `[images, N]`, all scales one after the other, as [`~MultiScaleVQModel.tokenize`] gives them for pictures.
-        labels (`torch.Tensor` or a list of `int`):
-            Class of every image.
+            Ids `[images, N]` or bits `[images, N, bits]`, all scales one after the other, as the image tokenizer's `tokenize`
+            gives them for pictures.
+        inputs (a list of `int` or `str`):
+            Class or prompt of every image.
         kv_budget (`float`, `int` or `str`, *optional*):
             As in the pipeline's call. Bytes count one row an image here, because there is no guidance.
         method (`str` or [`Method`], *optional*, defaults to `"hack"`):
@@ -123,28 +124,29 @@ def teacher_forced_nll(
         `torch.Tensor`: `[images]` in float64 on the CPU, nats per token.
 
     Raises:
-        `ValueError`: if the tokens do not fit the model's schedule or the labels, or the budget cannot be met.
+        `ValueError`: if the tokens do not fit the model's schedule or the inputs, or the budget cannot be met.
     """
-    schedule = pipe.transformer.schedule
-    if tokens.ndim != 2 or tokens.shape[1] != schedule.total:
+    schedule = pipe.schedule
+    if tokens.ndim not in (2, 3) or tokens.shape[1] != schedule.total:
         raise ValueError(
-            f"`tokens` must be [images, {schedule.total}], all scales one after the other, but are {list(tokens.shape)}."
+            f"`tokens` must be [images, {schedule.total}] or [images, {schedule.total}, bits], all scales one after the "
+            f"other, but are {list(tokens.shape)}."
         )
-    if len(labels) != len(tokens):
-        raise ValueError(f"`labels` must name one class an image but has {len(labels)} for {len(tokens)} images.")
+    if len(inputs) != len(tokens):
+        raise ValueError(f"`inputs` must name one input an image but has {len(inputs)} for {len(tokens)} images.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1 but is {batch_size}.")
     result = []
     for start in range(0, len(tokens), batch_size):
-        condition = pipe.encode_class_labels(labels[start : start + batch_size])
-        ids = tokens[start : start + batch_size].long().to(condition.device)
+        condition = pipe.encode_inputs(inputs[start : start + batch_size], guided=False)
+        batch = tokens[start : start + batch_size].to(condition.device)
         cache = pipe.prepare_cache(kv_budget, method=method, guided=False)
-        latents = torch.zeros(len(ids), pipe.vae.config["latent_channels"], *schedule.sizes[-1], device=ids.device)
-        scale_input, total = None, torch.zeros(len(ids), dtype=torch.float64)
-        for step, true_ids in enumerate(ids.split(schedule.lengths, dim=1)):
+        size = pipe.vae.latent_size(schedule.sizes[-1])
+        latents = torch.zeros(len(batch), pipe.vae.config["latent_channels"], *size, device=batch.device)
+        scale_input, total = None, torch.zeros(len(batch), dtype=torch.float64)
+        for step, true_tokens in enumerate(batch.split(schedule.lengths, dim=1)):
             logits = pipe.predict(step, scale_input, condition, cache)
-            likelihood = logits.log_softmax(-1).gather(-1, true_ids.unsqueeze(-1))
-            total -= likelihood.double().sum((1, 2)).cpu()
-            latents, scale_input = pipe.vae.accumulate(latents, true_ids, step, schedule)
+            total -= pipe.log_likelihood(logits, true_tokens).double().sum(1).cpu()
+            latents, scale_input = pipe.vae.accumulate(latents, true_tokens, step, schedule)
         result.append(total / schedule.total)
     return torch.cat(result) if result else torch.zeros(0, dtype=torch.float64)

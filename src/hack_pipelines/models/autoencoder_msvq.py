@@ -128,6 +128,10 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
         """Image pixels per side of a latent position."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
+    def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the latent that a token map of a size stands for: the same."""
+        return size
+
     @apply_forward_hook
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """

@@ -86,9 +86,9 @@ class InfinityCondition:
     Args:
         prompt_embeds (`Sequence[torch.Tensor]`):
             Features `[length, text_channels]` of every image's prompt, without padding.
-        negative_prompt_embeds (`Sequence[torch.Tensor]`, *optional*):
-            What guidance steers away from, one an image. `None` takes the learned unconditional features, as many of them
-            as the prompt has tokens.
+        negative_prompt_embeds (`Sequence[torch.Tensor | None]`, *optional*):
+            What guidance steers away from, one an image. `None`, for all or for one of them, takes the learned
+            unconditional features, as many of them as the prompt has tokens.
         guided (`bool`, *optional*, defaults to `True`):
             Whether there are unconditional rows.
     """
@@ -96,15 +96,17 @@ class InfinityCondition:
     def __init__(
         self,
         prompt_embeds: Sequence[torch.Tensor],
-        negative_prompt_embeds: Sequence[torch.Tensor] | None = None,
+        negative_prompt_embeds: Sequence[torch.Tensor | None] | None = None,
         guided: bool = True,
     ):
         self.prompt_embeds = tuple(prompt_embeds)
-        self.negative_prompt_embeds = None if negative_prompt_embeds is None else tuple(negative_prompt_embeds)
+        self.negative_prompt_embeds = tuple(negative_prompt_embeds or (None,) * len(self.prompt_embeds))
         self.guided = guided
-        unconditional = self.negative_prompt_embeds or self.prompt_embeds
-        rows = (*self.prompt_embeds, *unconditional) if guided else self.prompt_embeds
-        self.text_rows = TextRows([len(embeds) for embeds in rows])
+        lengths = [len(embeds) for embeds in self.prompt_embeds]
+        if guided:
+            pairs = zip(self.prompt_embeds, self.negative_prompt_embeds)
+            lengths += [len(embeds if negative is None else negative) for embeds, negative in pairs]
+        self.text_rows = TextRows(lengths)
         self.states: TextStates | None = None
 
     def __len__(self) -> int:
@@ -125,10 +127,8 @@ class InfinityCondition:
         """
         parts = list(self.prompt_embeds)
         if self.guided:
-            if self.negative_prompt_embeds is not None:
-                parts += self.negative_prompt_embeds
-            else:
-                parts += [unconditional[: len(embeds)] for embeds in self.prompt_embeds]
+            for embeds, negative in zip(self.prompt_embeds, self.negative_prompt_embeds):
+                parts.append(unconditional[: len(embeds)] if negative is None else negative)
         return torch.cat([part.float() for part in parts])
 
 
@@ -231,13 +231,17 @@ class TextCrossAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, hidden_states: torch.Tensor, text: TextStates, rows: TextRows) -> torch.Tensor:
+        query = linear(self.to_q, hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        attended = self._attend(query, text, rows)
+        return linear(self.to_out, attended.transpose(1, 2).flatten(2))
+
+    # Compiled, this would be compiled anew for every set of lengths.
+    @torch.compiler.disable
+    def _attend(self, query: torch.Tensor, text: TextStates, rows: TextRows) -> torch.Tensor:
         if self.layer_idx not in text.keys_values:
             projected = linear(self.to_kv, text.hidden_states)
             text.keys_values[self.layer_idx] = split_keys_values(projected, rows, self.heads)
-        query = linear(self.to_q, hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        keys_values = text.keys_values[self.layer_idx]
-        attended = text_attention(query, keys_values, query.shape[-1] ** -0.5, self.in_bfloat16)
-        return linear(self.to_out, attended.transpose(1, 2).flatten(2))
+        return text_attention(query, text.keys_values[self.layer_idx], query.shape[-1] ** -0.5, self.in_bfloat16)
 
 
 class InfinityTransformerBlock(nn.Module):
@@ -263,9 +267,7 @@ class InfinityTransformerBlock(nn.Module):
     ) -> torch.Tensor:
         modulation = self.modulation + text.modulation
         gate_attn, gate_ff, scale_attn, scale_ff, shift_attn, shift_ff = modulation.unbind(2)
-        attended = self.attn(
-            modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), kv_cache, mask, rotary
-        )
+        attended = self.attn(modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), kv_cache, mask, rotary)
         # Rounded to the dtype of the branch, as the original's in-place product is under autocast.
         hidden_states = hidden_states + (attended * gate_attn).to(attended.dtype)
         normed = F.layer_norm(

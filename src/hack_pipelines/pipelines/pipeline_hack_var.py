@@ -13,12 +13,14 @@ from diffusers.utils import logging
 from ..cache.budget import TokenBytes, budget_tokens
 from ..cache.cache import Cache, FullCache
 from ..cache.head_group import HeadGroupCache
+from ..cache.report import CudaPeak
 from ..convert import load_original
 from ..hub.checks import check_weights, read_json
 from ..hub.sources import locate
 from ..methods import Geometry, Method, get_method
 from ..profiles.head_profile import HeadProfile
 from ..schedule import Schedule
+from .pipeline_output import HackVARPipelineOutput
 from .sampling import draw_tokens, filter_logits, guide
 from .settings import SamplingSettings, is_whole
 
@@ -92,7 +94,7 @@ class HackVARPipeline(DiffusionPipeline):
         components = [name for name in index if not name.startswith("_") and name not in kwargs]
         check_weights(source.folder, components, source.variant)
         if dtype is not None:
-            kwargs["dtype"] = dtype
+            kwargs["dtype"] = subclass.component_dtypes(dtype)
         if source.variant is not None:
             kwargs["variant"] = source.variant
         pipe: Any = super(HackVARPipeline, subclass).from_pretrained(
@@ -170,6 +172,11 @@ class HackVARPipeline(DiffusionPipeline):
             f"{', '.join(getattr(entry, key) for entry in PIPELINES if issubclass(entry, cls))}."
         )
 
+    @classmethod
+    def component_dtypes(cls, dtype: torch.dtype | dict[str, torch.dtype]) -> torch.dtype | dict[str, torch.dtype]:
+        """Dtypes of the components where `dtype` is asked for."""
+        return dtype
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any):  # type: ignore[override]
         """Save the pipeline, see [`~diffusers.DiffusionPipeline.save_pretrained`], and its head profile beside it."""
         super().save_pretrained(str(save_directory), **kwargs)
@@ -199,11 +206,16 @@ class HackVARPipeline(DiffusionPipeline):
         """Set `pipe._interrupt = True` in a callback to stop after the scale that is being drawn."""
         return self._interrupt
 
+    @property
+    @abstractmethod
+    def schedule(self) -> Schedule:
+        """The scales that the model draws where the call does not say otherwise."""
+
     def geometry(self, schedule: Schedule | None = None) -> Geometry:
         """What compression may know of the model: its schedule, layers and heads."""
         config = self.transformer.config
         return Geometry(
-            schedule=schedule or self.transformer.schedule,
+            schedule=schedule or self.schedule,
             num_layers=config["num_layers"],
             num_heads=config["num_attention_heads"],
             head_dim=config["attention_head_dim"],
@@ -253,7 +265,7 @@ class HackVARPipeline(DiffusionPipeline):
             return FullCache(geometry.schedule, geometry.num_layers, guided)
         token_bytes = TokenBytes(2 if guided else 1, self._stored_dtype().itemsize)
         budget = budget_tokens(kv_budget, geometry, token_bytes)
-        profile = self._profile_for(method, geometry)
+        profile = self._profile_for(method)
         smallest = method.min_budget(geometry, profile)
         if budget < smallest:
             total = geometry.schedule.total
@@ -270,7 +282,7 @@ class HackVARPipeline(DiffusionPipeline):
             return torch.get_autocast_dtype(device_type)
         return self.transformer.dtype
 
-    def _profile_for(self, method: Method, geometry: Geometry) -> HeadProfile | None:
+    def _profile_for(self, method: Method) -> HeadProfile | None:
         """The profile that a method plans with; one made from a fixed input where none was attached."""
         if not method.needs_profile or self.head_profile is not None:
             return self.head_profile
@@ -282,12 +294,16 @@ class HackVARPipeline(DiffusionPipeline):
                 "Calibrate properly with `hack-pipelines calibrate` and attach it with `pipe.load_head_profile(...)`."
             )
             self._fallback_profile = calibrate(self, num_samples=1, seed=0, progress=False)
-        self._fallback_profile.check_fits(geometry)
         return self._fallback_profile
 
     @abstractmethod
     def predict(
-        self, step: int, scale_input: torch.Tensor | None, condition: torch.Tensor, cache: Cache
+        self,
+        step: int,
+        scale_input: torch.Tensor | None,
+        condition: Any,
+        cache: Cache,
+        settings: SamplingSettings | None = None,
     ) -> torch.Tensor:
         """
         Logits of one scale.
@@ -296,40 +312,41 @@ class HackVARPipeline(DiffusionPipeline):
             step (`int`):
                 Index of the scale, from 0.
             scale_input (`torch.Tensor`, *optional*):
-                What the tokenizer made of the scales before, `[images, n_k, latent_channels]`; `None` at the first.
-            condition (`torch.Tensor`):
+                What the tokenizer made of the scales before, `[images, n_k, channels]`; `None` at the first.
+            condition:
                 What the subclass encoded, a row of the batch each.
             cache ([`Cache`]):
                 Holds the scales before.
+            settings ([`SamplingSettings`], *optional*):
+                For families that guide inside the transformer.
 
         Returns:
-            `torch.Tensor`: `[rows, n_k, vocab_size]` in float32.
+            `torch.Tensor`: `[rows, n_k, channels]` in float32.
         """
 
     @abstractmethod
-    def calibration_batch(
-        self, samples: Sequence[int], num_samples: int, guided: bool, inputs: Sequence[int | str] | None = None
-    ) -> tuple[list[int | str], torch.Tensor]:
+    def log_likelihood(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each token of a scale under unfiltered logits, `[images, n_k]`, in nats."""
+
+    @abstractmethod
+    def encode_inputs(self, inputs: Sequence[int | str], guided: bool) -> Any:
         """
-        Some of the inputs that the model is calibrated with, the same on every call.
+        The condition of some inputs, as in [`~HackVARPipeline.predict`].
 
         Args:
-            samples (`Sequence[int]`):
-                Indices of the samples, from 0.
-            num_samples (`int`):
-                Samples of the whole calibration, over which the built-in inputs are spread.
+            inputs (`Sequence[int | str]`):
+                Class or prompt of every image.
             guided (`bool`):
-                Whether the condition needs unconditional rows.
-            inputs (`Sequence[int | str]`, *optional*):
-                What to take in turn instead of the built-in ones.
-
-        Returns:
-            `tuple[list[int | str], torch.Tensor]`: the inputs, and their condition as in [`~HackVARPipeline.predict`].
+                Whether the condition needs unconditional rows, which come second.
         """
+
+    @abstractmethod
+    def calibration_inputs(self, num_samples: int) -> list[int | str]:
+        """The inputs that the model is calibrated with, the same on every call."""
 
     def draw_scales(
         self,
-        condition: torch.Tensor,
+        condition: Any,
         cache: Cache,
         settings: SamplingSettings,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -340,8 +357,8 @@ class HackVARPipeline(DiffusionPipeline):
         Draw all scales, coarse to fine.
 
         Args:
-            condition (`torch.Tensor`):
-                As in [`~HackVARPipeline.predict`]; conditional rows first when guided.
+            condition:
+                As in [`~HackVARPipeline.predict`]; conditional rows first when guided. Has a length and a `device`.
             cache ([`Cache`]):
                 A fresh cache; its schedule says what is drawn.
             settings ([`SamplingSettings`]):
@@ -362,7 +379,7 @@ class HackVARPipeline(DiffusionPipeline):
         latents = torch.zeros(
             images,
             self.vae.config["latent_channels"],
-            *schedule.sizes[-1],
+            *self.vae.latent_size(schedule.sizes[-1]),
             device=condition.device,
             dtype=torch.float32,
         )
@@ -371,8 +388,8 @@ class HackVARPipeline(DiffusionPipeline):
             for step, size in enumerate(schedule.sizes):
                 if self.interrupt:
                     break
-                logits = guide(
-                    self.predict(step, scale_input, condition, cache), settings.guidance[step], settings.guided
+                logits = self.guided_logits(
+                    self.predict(step, scale_input, condition, cache, settings), step, settings
                 )
                 tokens, codes = self.draw(logits, step, schedule, settings, generator)
                 latents, scale_input = self.vae.accumulate(latents, codes, step, schedule)
@@ -386,6 +403,10 @@ class HackVARPipeline(DiffusionPipeline):
                         scale_input = self.vae.next_input(latents, step, schedule)
                 progress_bar.update()
         return latents, all_tokens
+
+    def guided_logits(self, logits: torch.Tensor, step: int, settings: SamplingSettings) -> torch.Tensor:
+        """Logits of the images, out of those of all rows."""
+        return guide(logits, settings.guidance[step], settings.guided)
 
     def draw(
         self,
@@ -417,6 +438,31 @@ class HackVARPipeline(DiffusionPipeline):
         images = self.decode_latents(latents)
         processor = VaeImageProcessor(vae_scale_factor=self.vae.downscale_factor)
         return processor.postprocess(images.float(), output_type=output_type, do_denormalize=[False] * len(images))
+
+    def generate(
+        self,
+        condition: Any,
+        cache: Cache,
+        settings: SamplingSettings,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable[..., dict] | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> HackVARPipelineOutput | tuple:
+        """The part of a call that all families share: draw the scales, decode, report."""
+        watch = CudaPeak(condition.device)
+        latents, tokens = self.draw_scales(
+            condition, cache, settings, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        report = cache.report()
+        images = self.postprocess(latents, output_type)
+        report.cuda_peak_delta = watch.delta()
+
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, tokens, report
+        return HackVARPipelineOutput(images=images, tokens=tokens, cache_report=report)
 
     def check_common_inputs(
         self,

@@ -8,7 +8,6 @@ import torch
 from diffusers.utils import replace_example_docstring
 
 from ..cache.cache import Cache
-from ..cache.report import CudaPeak
 from ..methods import Method
 from ..models.autoencoder_msvq import MultiScaleVQModel
 from ..models.transformer_var import VARTransformer2DModel
@@ -65,6 +64,10 @@ class HackVARClassPipeline(HackVARPipeline):
         self.register_to_config(
             id2label={str(key): name for key, name in (id2label or {}).items()}, sampling=sampling or DEFAULT_SAMPLING
         )
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.transformer.schedule
 
     @property
     def labels(self) -> dict[str, list[int]]:
@@ -160,7 +163,7 @@ class HackVARClassPipeline(HackVARPipeline):
         Raises:
             `ValueError`: if a value is out of its range.
         """
-        scales = len(self.transformer.schedule)
+        scales = len(self.schedule)
         vocab_size = self.transformer.config["vocab_size"]
         sampling = {**DEFAULT_SAMPLING, **self.config["sampling"]}
         if guidance_scale is None:
@@ -179,21 +182,27 @@ class HackVARClassPipeline(HackVARPipeline):
         )
 
     def predict(
-        self, step: int, scale_input: torch.Tensor | None, condition: torch.Tensor, cache: Cache
+        self,
+        step: int,
+        scale_input: torch.Tensor | None,
+        condition: torch.Tensor,
+        cache: Cache,
+        settings: SamplingSettings | None = None,
     ) -> torch.Tensor:
         return self.transformer(scale_input, condition, step=step, kv_cache=cache, return_dict=False)[0]
 
-    def calibration_batch(
-        self, samples: Sequence[int], num_samples: int, guided: bool, inputs: Sequence[int | str] | None = None
-    ) -> tuple[list[int | str], torch.Tensor]:
-        num_classes = self.transformer.config["num_classes"]
-        if inputs is None:
-            inputs = [(2 * sample + 1) * num_classes // (2 * num_samples) for sample in range(num_samples)]
-        batch = [inputs[sample % len(inputs)] for sample in samples]
-        condition = self.encode_class_labels(batch)
+    def log_likelihood(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(-1).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+
+    def encode_inputs(self, inputs: Sequence[int | str], guided: bool) -> torch.Tensor:
+        condition = self.encode_class_labels(inputs)
         if guided:
-            condition = torch.cat((condition, torch.full_like(condition, num_classes)))
-        return batch, condition
+            condition = torch.cat((condition, torch.full_like(condition, self.transformer.config["num_classes"])))
+        return condition
+
+    def calibration_inputs(self, num_samples: int) -> list[int | str]:
+        num_classes = self.transformer.config["num_classes"]
+        return [(2 * sample + 1) * num_classes // (2 * num_samples) for sample in range(num_samples)]
 
     def draw(
         self,
@@ -290,18 +299,16 @@ class HackVARClassPipeline(HackVARPipeline):
         if settings.guided:
             labels = torch.cat((labels, torch.full_like(labels, self.transformer.config["num_classes"])))
 
-        watch = CudaPeak(labels.device)
-        latents, tokens = self.draw_scales(
-            labels, cache, settings, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
+        return self.generate(
+            labels,
+            cache,
+            settings,
+            generator,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )
-        report = cache.report()
-        images = self.postprocess(latents, output_type)
-        report.cuda_peak_delta = watch.delta()
-
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, tokens, report
-        return HackVARPipelineOutput(images=images, tokens=tokens, cache_report=report)
 
 
 def normalised(name: str) -> str:

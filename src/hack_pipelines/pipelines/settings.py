@@ -18,13 +18,15 @@ class SamplingSettings:
         guidance (`tuple[float, ...]`):
             Weight of the conditional logits over the unconditional ones; 1 is no guidance.
         temperature (`tuple[float, ...]`):
-            Divisor of the guided logits.
+            Divisor of the logits.
         top_k (`tuple[int, ...]`):
             Entries that stay; 0 keeps all.
         top_p (`tuple[float, ...]`):
             Probability mass that stays; 1 keeps all.
         more_smooth (`bool`, *optional*, defaults to `False`):
             Whether a soft mixture of codes feeds the latent instead of the drawn one.
+        guidance_layers (`tuple[int, ...]`, *optional*, defaults to `(0,)`):
+            Where guidance acts: 0 is on the logits, `-j` on the output of the block with `j - 1` blocks after it.
     """
 
     guidance: tuple[float, ...]
@@ -32,6 +34,7 @@ class SamplingSettings:
     top_k: tuple[int, ...]
     top_p: tuple[float, ...]
     more_smooth: bool = False
+    guidance_layers: tuple[int, ...] = (0,)
 
     @property
     def guided(self) -> bool:
