@@ -1,16 +1,20 @@
 """Tiny real components that the tests share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from hack_pipelines import HackVARClassPipeline, MultiScaleVQModel, VARTransformer2DModel
+from hack_pipelines import HackVARClassPipeline, HackVARTextPipeline, MultiScaleVQModel, VARTransformer2DModel
+from hack_pipelines.models.autoencoder_bsq import MultiScaleBSQModel
+from hack_pipelines.models.transformer_infinity import InfinityTransformer2DModel
 
 
 SIDES = (1, 2, 3, 4)
 NAMES = {0: "tabby, tabby cat", 1: "golden retriever", 2: "crane", 3: "crane", 4: "lighthouse, beacon"}
+WORDS = ("a", "lighthouse", "storm", "in", "red", "blue", "apple", "smiling", "cat", "house")
 
 
 def tiny_transformer(**overrides) -> VARTransformer2DModel:
@@ -25,11 +29,15 @@ def tiny_transformer(**overrides) -> VARTransformer2DModel:
         "patch_nums": SIDES,
     }
     transformer = VARTransformer2DModel(**{**config, **overrides})
+    enliven(transformer)
+    return transformer.eval()
+
+
+def enliven(transformer: torch.nn.Module):
+    """Larger weights: PyTorch's initial ones make every block a near no-op and tests blind to what attention sees."""
     for parameter in transformer.parameters():
-        # PyTorch's small initial weights make every block a near no-op and tests blind to what attention sees.
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
-    return transformer.eval()
 
 
 def tiny_vae(**overrides) -> MultiScaleVQModel:
@@ -44,15 +52,62 @@ def tiny_pipeline(**overrides) -> HackVARClassPipeline:
     return pipe
 
 
-def tiny_t5(folder: Path, channels: int = 256) -> Path:
-    """A text encoder and its tokenizer, saved into one folder as on the Hub."""
+def tiny_text_transformer(**overrides) -> InfinityTransformer2DModel:
+    torch.manual_seed(0)
+    config = {
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "bits_per_token": 8,
+        "ff_hidden_dim": 128,
+        "text_channels": 32,
+        "text_max_length": 12,
+        "num_pooling_heads": 4,
+    }
+    transformer = InfinityTransformer2DModel(**{**config, **overrides})
+    enliven(transformer)
+    return transformer.eval()
+
+
+def tiny_bsq(**overrides) -> MultiScaleBSQModel:
+    torch.manual_seed(0)
+    config = {"latent_channels": 8, "block_out_channels": (32, 32), "layers_per_block": 1}
+    return MultiScaleBSQModel(**{**config, **overrides}).eval()
+
+
+def tiny_text_encoder(channels: int = 32) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A text encoder and its tokenizer, which knows `WORDS`."""
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=16, d_model=channels, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
     )
-    words = ("<pad>", "</s>", "<unk>", "▁a", "▁lighthouse", "▁storm", "▁in")
-    T5EncoderModel(config).save_pretrained(folder)
-    T5Tokenizer(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0).save_pretrained(folder)
+    words = ("<pad>", "</s>", "<unk>", *(f"▁{word}" for word in WORDS))
+    tokenizer = T5Tokenizer(vocab=[(word, -float(i)) for i, word in enumerate(words)], extra_ids=0)
+    return T5EncoderModel(config).eval(), tokenizer
+
+
+def tiny_text_pipeline(
+    scale_schedule: Sequence[Sequence[int]] = tuple((side, side) for side in SIDES),
+    with_text_encoder: bool = True,
+    **overrides,
+) -> HackVARTextPipeline:
+    """A text-to-image pipeline; `overrides` are of the transformer's configuration."""
+    text_encoder, tokenizer = tiny_text_encoder() if with_text_encoder else (None, None)
+    pipe = HackVARTextPipeline(
+        transformer=tiny_text_transformer(**overrides),
+        vae=tiny_bsq(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scale_schedule=[list(size) for size in scale_schedule],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_t5(folder: Path, channels: int = 256) -> Path:
+    """A text encoder and its tokenizer, saved into one folder as on the Hub."""
+    for part in tiny_text_encoder(channels):
+        part.save_pretrained(folder)
     return folder
 
 
