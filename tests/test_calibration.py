@@ -456,7 +456,7 @@ def test_progress_is_shown_once(pipe, capsys):
         ({"num_samples": 0}, "`num_samples` must be at least 1 but is 0"),
         ({"batch_size": -1}, "`batch_size` must be at least 1 but is -1"),
         ({"inputs": []}, "`inputs` is empty"),
-        ({"class_labels": ["cat"]}, "There is no class named 'cat'"),
+        ({"inputs": ["cat"]}, "There is no class named 'cat'"),
     ],
 )
 def test_bad_arguments(pipe, arguments, message):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..models.autoencoder_bsq import PATCH_SIDE
-from ..models.infinity_schedules import template_schedule
+from ..models.infinity_schedules import DEFAULT_SAMPLING, template_schedule
 from . import bsq, infinity, msvq, var
 from .conversion import Conversion
 from .kinds import BSQ, INFINITY, MSVQ, VAR
@@ -17,8 +17,6 @@ from .kinds import BSQ, INFINITY, MSVQ, VAR
 
 IMAGENET_CLASSES = 1000
 DATA_FOLDER = Path(__file__).resolve().parents[1] / "data"
-# What the original's notebooks draw with; the temperature is 0.5 for the 2B model and 1 for the patchified 8B ones.
-INFINITY_SAMPLING = {"guidance_scale": 3.0, "temperature": 0.5, "top_k": 900, "top_p": 0.97}
 
 Part = Conversion[Any]
 Convert = Callable[[str, dict[str, torch.Tensor], dict[str, Any]], Part]
@@ -115,7 +113,7 @@ def match_infinity(transformer: Part, tokenizer: Part, config: dict[str, dict[st
 def infinity_pipeline_config(transformer: Part, tokenizer: Part) -> dict[str, Any]:
     """Settings of the released model of this kind, and the square schedule of its largest pixel class."""
     patchified = tokenizer.model.config["patchify"]
-    sampling = {**INFINITY_SAMPLING, "temperature": 1.0} if patchified else dict(INFINITY_SAMPLING)
+    sampling = {**DEFAULT_SAMPLING, "temperature": 1.0} if patchified else dict(DEFAULT_SAMPLING)
     return {"sampling": sampling, "scale_schedule": [list(size) for size in template_schedule(1.0, "1M").sizes]}
 
 

@@ -4,20 +4,25 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, Encoder
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..schedule import Schedule
+from .tiling import decode_in_tiles
 
 
 # A token covers a square of so many latent positions a side when the latent is patchified.
 PATCH_SIDE = 2
+# Image pixels per side of what is decoded at a time when tiling is on, and the share of it that the next tile repeats.
+TILE_PIXELS, TILE_OVERLAP = 512, 0.25
 
 
-class MultiScaleBSQModel(ModelMixin, ConfigMixin):
+class MultiScaleBSQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
     Image tokenizer of Infinity: an image becomes one map of bits per scale, each map coding the signs of what the coarser
     ones left over. A position with bits `b` stands for the vector `(2 b - 1) / sqrt(latent_channels)` of length 1.
+
+    `enable_slicing()` decodes one image of a batch at a time, `enable_tiling()` one square of 512 pixels at a time.
 
     Args:
         latent_channels (`int`, defaults to 32):
@@ -45,6 +50,7 @@ class MultiScaleBSQModel(ModelMixin, ConfigMixin):
         patchify: bool = False,
     ):
         super().__init__()
+        self.use_slicing = self.use_tiling = False
         levels = len(block_out_channels)
         self.encoder = Encoder(
             in_channels=3,
@@ -95,7 +101,6 @@ class MultiScaleBSQModel(ModelMixin, ConfigMixin):
         """
         return self.encoder(images.to(self.encoder.conv_in.weight.dtype)).float()
 
-    @apply_forward_hook
     def tokenize(self, features: torch.Tensor, schedule: Schedule) -> list[torch.Tensor]:
         """
         Bits of features, scale by scale: each scale codes the signs of what the ones before it left over.
@@ -154,7 +159,7 @@ class MultiScaleBSQModel(ModelMixin, ConfigMixin):
         maps = tokens.transpose(1, 2).unflatten(2, size)
         return F.pixel_shuffle(maps, PATCH_SIDE) if self.config["patchify"] else maps
 
-    @apply_forward_hook
+    # Neither this nor `tokenize` reads a weight, so offload hooks have nothing to fetch for them.
     def accumulate(
         self, latents: torch.Tensor, codes: torch.Tensor, step: int, schedule: Schedule
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -188,6 +193,16 @@ class MultiScaleBSQModel(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images `[batch, 3, height, width]` in [-1, 1] of latents, as [`~MultiScaleBSQModel.accumulate`] leaves them."""
+        parts = latents.split(1) if self.use_slicing else (latents,)
+        return torch.cat([self._decode(part) for part in parts])
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        tile = TILE_PIXELS // self.downscale_factor
+        if not self.use_tiling or max(latents.shape[2:]) <= tile:
+            return self._decode_whole(latents)
+        return decode_in_tiles(self._decode_whole, latents, self.downscale_factor, tile, round(tile * TILE_OVERLAP))
+
+    def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder(latents.to(self.decoder.conv_in.weight.dtype)).clamp(-1, 1)
 
     def forward(self, images: torch.Tensor, schedule: Schedule) -> torch.Tensor:

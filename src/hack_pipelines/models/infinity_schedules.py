@@ -1,4 +1,4 @@
-"""The scale schedules that Infinity was trained on, and the grid that rotary positions refer to."""
+"""The scale schedules that Infinity was trained on, the grid that rotary positions refer to, and its sampling settings."""
 
 from ..schedule import Schedule
 
@@ -9,6 +9,9 @@ RATIOS = (1.0, 1.25, 0.8, 1.333, 0.75, 1.5, 0.666, 1.75, 0.571, 2.0, 0.5, 2.5, 0
 PIXEL_CLASSES = {"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13}
 DOWNSCALE_FACTOR = 16
 """Image pixels per side of a token, with either tokenizer."""
+
+# What the original's notebooks and `reproduce.py` draw with; the temperature is 0.5 for the 2B and 1 for the patchified 8B.
+DEFAULT_SAMPLING = {"guidance_scale": 3.0, "temperature": 0.5, "top_k": 900, "top_p": 0.97}
 
 TALL = {
     1.0: "1x1 2x2 4x4 6x6 8x8 12x12 16x16 20x20 24x24 32x32 40x40 48x48 64x64",

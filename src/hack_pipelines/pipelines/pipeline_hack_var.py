@@ -313,7 +313,7 @@ class HackVARPipeline(DiffusionPipeline):
                 Index of the scale, from 0.
             scale_input (`torch.Tensor`, *optional*):
                 What the tokenizer made of the scales before, `[images, n_k, channels]`; `None` at the first.
-            condition:
+            condition (`torch.Tensor` or [`InfinityCondition`]):
                 What the subclass encoded, a row of the batch each.
             cache ([`Cache`]):
                 Holds the scales before.
@@ -357,7 +357,7 @@ class HackVARPipeline(DiffusionPipeline):
         Draw all scales, coarse to fine.
 
         Args:
-            condition:
+            condition (`torch.Tensor` or [`InfinityCondition`]):
                 As in [`~HackVARPipeline.predict`]; conditional rows first when guided. Has a length and a `device`.
             cache ([`Cache`]):
                 A fresh cache; its schedule says what is drawn.

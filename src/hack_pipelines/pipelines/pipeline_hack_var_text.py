@@ -11,6 +11,7 @@ from ..cache.cache import Cache
 from ..methods import Method
 from ..models.autoencoder_bsq import MultiScaleBSQModel
 from ..models.infinity_schedules import (
+    DEFAULT_SAMPLING,
     PIXEL_CLASSES,
     RATIOS,
     nearest_schedule,
@@ -27,8 +28,6 @@ from .settings import SamplingSettings, callback_inputs, is_whole, per_scale
 
 logger = logging.get_logger(__name__)
 
-# The released 2B: its notebook, `reproduce.py` and the demos built on it.
-DEFAULT_SAMPLING = {"guidance_scale": 3.0, "temperature": 0.5, "top_k": 900, "top_p": 0.97}
 VALUES_OF_A_BIT = 2
 NATIVE_RATIO, NATIVE_PIXEL_CLASS = 1.0, "1M"
 
