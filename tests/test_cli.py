@@ -1,29 +1,35 @@
 """The command line, run in this process on tiny saved pipelines."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from hack_pipelines import HackVARPipeline, HeadProfile, __version__
+from hack_pipelines import HackVARClassPipeline, HackVARPipeline, HeadProfile, __version__
 from hack_pipelines.cli import main
+from hack_pipelines.cli.demo import DEMO_PROMPTS
 from hack_pipelines.cli.options import parse_budget, parse_class
-from hack_pipelines.cli.output import free_path
+from hack_pipelines.cli.output import file_name, free_path
 from hack_pipelines.cli.sheet import GAP, MARGIN, Sheet, wrap
 from hack_pipelines.methods import METHODS
 
-from .components import seeds, tiny_pipeline
+from .components import seeds, tiny_pipeline, tiny_text_pipeline
 from .conftest import FIXTURES
 
 
 SIDES = (1, 2, 3, 4, 5)
 SIDE = 10
+# Infinity's smallest square, so that the model draws its other shapes, too; 32 pixels a side here.
+TEXT_SIZES = [(side, side) for side in (1, 2, 4, 6, 8, 12, 16)]
+TEXT_SIDE = 32
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,15 @@ def model(tmp_path_factory) -> str:
     """A pipeline with the profile that belongs to it."""
     folder = tmp_path_factory.mktemp("cli") / "model"
     tiny_pipeline(patch_nums=SIDES).save_pretrained(folder)
+    assert main(["calibrate", "--model", str(folder), "-o", str(folder / "head_profile"), "--num-samples", "2"]) == 0
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory) -> str:
+    """A text-to-image pipeline with the profile that belongs to it."""
+    folder = tmp_path_factory.mktemp("cli") / "text"
+    tiny_text_pipeline(TEXT_SIZES).save_pretrained(folder)
     assert main(["calibrate", "--model", str(folder), "-o", str(folder / "head_profile"), "--num-samples", "2"]) == 0
     return str(folder)
 
@@ -48,7 +63,7 @@ def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def drawn(model: str, label: int, seed: int, **options) -> np.ndarray:
+def drawn(model: str, label: int | str, seed: int, **options) -> np.ndarray:
     """What the pipeline itself draws."""
     pipe = HackVARPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
@@ -93,7 +108,15 @@ def test_classes(text, expected):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--num-images", "0"], ["--batch-size", "x"], ["--seed", "-1"], ["--seed", str(2**63)]]
+    "arguments",
+    [
+        ["--num-images", "0"],
+        ["--batch-size", "x"],
+        ["--seed", "-1"],
+        ["--seed", str(2**63)],
+        ["--height", "0"],
+        ["--width", "1.5"],
+    ],
 )
 def test_numbers_out_of_range_end_at_the_parser(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -301,11 +324,11 @@ def test_finished_pictures_survive_an_interrupt(model, tmp_path, monkeypatch, ca
 
     draw, drawn_before = generate.draw, []
 
-    def interrupted_at_the_third(pipe, args, batch):
+    def interrupted_at_the_third(family, arguments, batch):
         if len(drawn_before) == 2:
             raise KeyboardInterrupt
         drawn_before.append(batch)
-        return draw(pipe, args, batch)
+        return draw(family, arguments, batch)
 
     monkeypatch.setattr(generate, "draw", interrupted_at_the_third)
     path = tmp_path / "a.png"
@@ -326,7 +349,182 @@ def test_a_free_path_is_the_first(tmp_path_factory, count):
     )
 
 
+@given(st.text())
+@example("a" * 61)
+@example("a " * 31)
+@example("𝐚" * 40)
+def test_file_names_are_short_words(text):
+    name = file_name(text)
+    assert re.fullmatch(r"\w+(-\w+)*", name) and len(name.encode()) <= 60
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a red apple, 3d style!", "a-red-apple-3d-style"),
+        ("une maison à côté d'un phare", "une-maison-à-côté-d-un-phare"),
+        ("?", "picture"),
+        # A word that would be cut is left out.
+        ("a lighthouse in a storm, " + "word " * 8, "a-lighthouse-in-a-storm-word-word-word-word-word-word-word"),
+        ("x" * 58 + " y z", "x" * 58 + "-y"),
+        ("x" * 70, "x" * 60),
+    ],
+)
+def test_a_file_is_named_after_its_prompt(text, expected):
+    assert file_name(text) == expected
+
+
+def test_no_memory_is_answered_with_what_to_do(model, tmp_path, monkeypatch, capsys):
+    def out_of_memory(pipe, *args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(HackVARClassPipeline, "__call__", out_of_memory)
+    argv = ["generate", "0", "1", "2", "--model", model, "--batch-size", "2", "-o", tmp_path / "a.png"]
+    assert refused(capsys, *argv) == (
+        "The device is out of memory with 2 pictures at a time: use a smaller `--batch-size` or `--kv-budget`, or "
+        "`--dtype bf16`."
+    )
+
+
+# Text-to-image models
+
+
+def test_a_prompt_is_drawn_as_the_pipeline_draws_it(text_model, tmp_path, capsys):
+    path, prompt = tmp_path / "a.png", "a smiling cat"
+    argv = ["generate", prompt, "--model", text_model, "-o", str(path)]
+    assert main([*argv, "--kv-budget", "0.1"]) == 0
+    assert np.array_equal(pixels(path), drawn(text_model, prompt, 0, kv_budget=0.1))
+    assert capsys.readouterr().out.startswith(f"{path}: {prompt}, seed 0\ncache per picture: ")
+    sampling = ["--guidance-scale", "2", "--temperature", "1.5", "--top-p", "0.8", "--seed", "3"]
+    assert main([*argv, *sampling, "--negative-prompt", "a storm"]) == 0
+    options = {"guidance_scale": 2.0, "temperature": 1.5, "top_p": 0.8, "negative_prompt": "a storm"}
+    assert np.array_equal(pixels(path), drawn(text_model, prompt, 3, **options))
+    for name in options:
+        without = {key: value for key, value in options.items() if key != name}
+        assert not np.array_equal(pixels(path), drawn(text_model, prompt, 3, **without)), name
+
+
+def test_digits_are_a_prompt_where_a_model_takes_prompts(text_model, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    assert main(["generate", "3", "-1", "--model", text_model, "-o", str(path)]) == 0
+    assert main(["generate", "3", "--model", text_model, "-o", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[2] == f"{path}: 3, seed 0"
+    assert np.array_equal(pixels(path), drawn(text_model, "3", 0))
+
+
+def test_prompts_come_typed_and_from_a_file(text_model, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\ufeff\na red apple\r\n   \n  a blue   house \n\n", encoding="utf-8")
+    folder = tmp_path / "pictures"
+    argv = ["generate", "a cat", "--model", text_model, "--output-dir", str(folder), "--num-images", "2"]
+    assert main([*argv, "--prompts-file", str(tmp_path / "prompts.txt"), "--batch-size", "4", "--seed", "7"]) == 0
+    names = ["a-cat-7", "a-cat-8", "a-red-apple-9", "a-red-apple-10", "a-blue-house-11", "a-blue-house-12"]
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(names)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines[:6]] == [str(folder / f"{name}.png") for name in names]
+    assert lines[4].endswith(": a blue house, seed 11")
+    assert np.array_equal(pixels(folder / "a-red-apple-10.png"), drawn(text_model, "a red apple", 10))
+
+
+def test_classes_come_from_a_file_too(model, tmp_path):
+    (tmp_path / "classes.txt").write_text("lighthouse\n-1\n1")
+    folder = tmp_path / "pictures"
+    argv = ["generate", "--model", model, "--output-dir", str(folder)]
+    assert main([*argv, "--prompts-file", str(tmp_path / "classes.txt")]) == 0
+    assert sorted(path.stem for path in folder.iterdir()) == ["golden-retriever-2", "lighthouse-0", "no-class-1"]
+    assert np.array_equal(pixels(folder / "no-class-1.png"), drawn(model, -1, 1))
+
+
+def test_a_size_is_the_nearest_that_the_model_draws(text_model, tmp_path, caplog):
+    pictures = tmp_path / "pictures"
+    start = ["generate", "a cat", "a house", "--model", text_model, "--output-dir", str(pictures), "--batch-size", "1"]
+    assert main([*start, "--height", "44", "--width", "22"]) == 0
+    assert caplog.messages == []
+    assert np.array_equal(pixels(pictures / "a-cat-0.png"), drawn(text_model, "a cat", 0, height=44, width=22))
+    assert pixels(pictures / "a-cat-0.png").shape == (44, 22, 3)
+    # Told once, not for each batch.
+    assert main([*start, "--width", "64"]) == 0
+    assert caplog.messages == [
+        "32 x 64 (height x width) is not a size that this model draws: taking the nearest, 22 x 44."
+    ]
+    assert pixels(pictures / "a-house-1-2.png").shape == (22, 44, 3)
+
+
+def test_long_prompts_have_short_captions(text_model, tmp_path, capsys):
+    prompt = "a lighthouse in a storm " * 10
+    assert main(["generate", prompt, "--model", text_model, "-o", str(tmp_path / "a.png")]) == 0
+    caption = capsys.readouterr().out.splitlines()[0].removeprefix(f"{tmp_path / 'a.png'}: ")
+    assert caption == f"{prompt[:97].rstrip()}..., seed 0"
+
+
+@pytest.mark.parametrize(
+    ("option", "values"), [("--negative-prompt", ["a storm"]), ("--height", ["32"]), ("--width", ["32"])]
+)
+def test_options_for_prompts_are_refused_for_classes(model, tmp_path, capsys, option, values):
+    path = tmp_path / "a.png"
+    assert refused(capsys, "generate", "0", "--model", model, "-o", path, option, *values) == (
+        f"`{option}` is for text-to-image models, but {model} is a class-conditional model: leave it out."
+    )
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("option", "values"), [("--class", ["3"]), ("--more-smooth", [])])
+def test_options_for_classes_are_refused_for_prompts(text_model, tmp_path, capsys, option, values):
+    path = tmp_path / "a.png"
+    assert refused(capsys, "generate", "a cat", "--model", text_model, "-o", path, option, *values) == (
+        f"`{option}` is for class-conditional models, but {text_model} is a text-to-image model: leave it out."
+    )
+    assert not path.exists()
+
+
+def test_a_text_model_needs_a_prompt(text_model, tmp_path, capsys):
+    assert refused(capsys, "generate", "--model", text_model, "-o", tmp_path / "a.png") == (
+        'A text-to-image model needs a prompt: `hack-pipelines generate "a lighthouse in a storm"`, or one a line in '
+        "`--prompts-file FILE`."
+    )
+
+
+def test_a_model_without_a_text_encoder_says_so(tmp_path, capsys):
+    tiny_text_pipeline(with_text_encoder=False).save_pretrained(tmp_path / "features")
+    argv = ["generate", "a cat", "--model", tmp_path / "features", "-o", tmp_path / "a.png"]
+    assert refused(capsys, *argv).startswith("This pipeline has no text encoder: ")
+
+
+@pytest.mark.parametrize("command", [["generate", "-o", "a.png"], ["calibrate", "-o", "profile"]])
+def test_files_of_prompts_are_read_before_the_model(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    argv = [*command, "--model", "missing", "--prompts-file", "prompts.txt"]
+    assert refused(capsys, *argv) == "[Errno 2] No such file or directory: 'prompts.txt'"
+    (tmp_path / "prompts.txt").write_text(" \n\n")
+    assert refused(capsys, *argv) == (
+        "`--prompts-file` must hold a prompt or class a line, but prompts.txt holds none."
+    )
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
+    assert refused(capsys, *argv).startswith(
+        "`--prompts-file` must be a text file in UTF-8, but prompts.txt is none: "
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
 # demo
+
+
+def test_the_demo_of_a_text_model_draws_a_row_a_prompt(text_model, tmp_path, capsys):
+    path = tmp_path / "demo.png"
+    assert main(["demo", "--model", text_model, "-o", str(path), "--seed", "5"]) == 0
+    assert len(DEMO_PROMPTS) == 8
+    sheet, side = Image.open(path).convert("RGB"), 4 * TEXT_SIDE
+    top = sheet.height - MARGIN - 8 * (side + GAP) + GAP
+    left = sheet.width - MARGIN - 4 * (side + GAP) + GAP
+    for row, column, budget in ((1, 0, None), (7, 3, 0.1)):
+        x, y = left + column * (side + GAP), top + row * (side + GAP)
+        cell = np.asarray(sheet.crop((x, y, x + side, y + side)), dtype=int)
+        picture = Image.fromarray(drawn(text_model, DEMO_PROMPTS[row], 5 + row, kv_budget=budget))
+        expected = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC), dtype=int)
+        # A batch of eight rounds differently from a single picture.
+        assert np.abs(cell - expected).max() <= 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{path}: 8 prompts, 4 budgets, seeds from 5"
+    assert [line.split("  ")[0] for line in lines[3:]] == ["full cache", *(f"kv_budget={x}" for x in (0.5, 0.3, 0.1))]
 
 
 def test_the_demo_draws_a_row_a_class_and_a_column_a_budget(model, tmp_path, capsys):
@@ -404,6 +602,27 @@ def test_calibrate_writes_a_profile_and_its_picture(model, tmp_path, capsys):
     assert out[2] == f"variance just above the cut in the middle over that just below it: {profile.gap(0.5):.3f}"
     assert -1 <= float(out[3].removeprefix("rank correlation with another 3 seeds: ")) <= 1
     assert main(["generate", "0", "--model", model, "--head-profile", str(folder), "-o", str(tmp_path / "a.png")]) == 0
+
+
+def test_calibrate_takes_prompts_of_a_file_in_turn(text_model, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red apple\na house\n")
+    folder = tmp_path / "profile"
+    argv = ["calibrate", "--model", text_model, "-o", str(folder), "--prompts-file", str(tmp_path / "prompts.txt")]
+    assert main([*argv, "--num-samples", "3"]) == 0
+    assert HeadProfile.from_pretrained(folder).inputs == ["a red apple", "a house", "a red apple"]
+    advice = f'generate "a lighthouse in a storm" --model {text_model} --head-profile {folder} --kv-budget 0.3'
+    assert capsys.readouterr().out.splitlines()[-1] == f"draw with it: hack-pipelines {advice}"
+    assert main([*shlex.split(advice), "-o", str(tmp_path / "a.png")]) == 0
+
+
+def test_calibrate_takes_classes_of_a_file(model, tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("lighthouse\n1\n")
+    argv = ["calibrate", "--model", model, "--prompts-file", str(tmp_path / "classes.txt"), "--num-samples", "2"]
+    assert main([*argv, "-o", str(tmp_path / "profile")]) == 0
+    assert HeadProfile.from_pretrained(tmp_path / "profile").inputs == [4, 1]
+    (tmp_path / "classes.txt").write_text("light house\n")
+    message = refused(capsys, *argv, "-o", tmp_path / "other")
+    assert message.startswith("There is no class named 'light house'. Did you mean 'lighthouse'")
 
 
 def test_calibrate_overwrites_no_other_folder(model, capsys):

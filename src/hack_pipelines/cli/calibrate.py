@@ -5,12 +5,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import add_model_arguments, load_pipeline, parse_seed, positive_int
+from .options import (
+    Family,
+    add_model_arguments,
+    add_prompts_file_argument,
+    family_of,
+    load_pipeline,
+    parse_seed,
+    positive_int,
+    read_prompts_file,
+)
 from .output import check_folder
 
 
 if TYPE_CHECKING:
-    from ..pipelines import HackVARClassPipeline
     from ..profiles import HeadProfile
 
 
@@ -19,11 +27,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = subparsers.add_parser(
         "calibrate",
         help="make the head profile of a model",
-        description="Draw pictures without compression, record what the heads attend to, and save it as a head profile.",
+        description="Draw pictures of prompts or classes without compression, record what the heads attend to, and save it "
+        "as a head profile.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the profile goes")
     parser.add_argument("--num-samples", type=positive_int, default=50, metavar="N", help="pictures (default: 50)")
+    add_prompts_file_argument(parser)
     parser.add_argument("--seed", type=parse_seed, default=0, help="of the first picture, the next have the next ones")
     parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="drawn at a time (default: 1)")
     parser.add_argument(
@@ -35,9 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace):
     """Calibrate, save, and say how clear the head types are."""
+    texts = read_prompts_file(args.prompts_file)
     check_output(args.output)
-    pipe = load_pipeline(args)
-    profile = record(pipe, args, args.seed)
+    family = family_of(load_pipeline(args))
+    inputs = family.parse(texts) if texts else None
+    profile = record(family, args, args.seed, inputs)
     profile.save_pretrained(args.output)
     print(f"{args.output}: head profile of {profile.title} from {args.num_samples} pictures")
     print(f"{args.output / 'head_map.png'}: its head types as a picture")
@@ -46,20 +58,22 @@ def run(args: argparse.Namespace):
     if args.check:
         from ..calibration import split_half_correlation
 
-        again = record(pipe, args, args.seed + args.num_samples)
+        again = record(family, args, args.seed + args.num_samples, inputs)
         print(f"rank correlation with another {args.num_samples} seeds: {split_half_correlation(profile, again):.3f}")
-    print(f"draw with it: hack-pipelines generate --model {args.model} --head-profile {args.output} --kv-budget 0.3")
+    model = f"--model {args.model} --head-profile {args.output}"
+    print(f"draw with it: hack-pipelines generate {family.example} {model} --kv-budget 0.3")
 
 
-def record(pipe: "HackVARClassPipeline", args: argparse.Namespace, seed: int) -> "HeadProfile":
-    """Record a profile from seeds that start at `seed`."""
+def record(family: Family, args: argparse.Namespace, seed: int, inputs: list[int | str] | None) -> "HeadProfile":
+    """Record a profile from seeds that start at `seed`, of the built-in prompts or classes where no others are given."""
     from ..calibration import calibrate
 
     return calibrate(
-        pipe,
+        family.pipe,
         num_samples=args.num_samples,
         seed=seed,
         batch_size=args.batch_size,
+        inputs=inputs,
         # What the user calls the model; a path would only mean something on this machine.
         base_model=None if Path(args.model).exists() else args.model,
         progress=sys.stderr.isatty(),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .options import DTYPES, torch_dtype
+from .options import DTYPES, ClassFamily, TextFamily, torch_dtype
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -63,8 +63,8 @@ def advice(folder: Path) -> str:
     text_encoder = read_json(folder / "model_index.json").get("text_encoder", "none needed")
     if text_encoder == [None, None]:
         return "it draws from text features only: convert with --text-encoder to draw from prompts"
-    what = "0" if text_encoder == "none needed" else '"a lighthouse in a storm"'
-    return f"draw with it: hack-pipelines generate --model {folder} {what}"
+    family = ClassFamily if text_encoder == "none needed" else TextFamily
+    return f"draw with it: hack-pipelines generate --model {folder} {family.example}"
 
 
 def read_json(path: Path) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import add_model_arguments, class_name, load_pipeline, parse_seed, seeded
+from .options import ClassFamily, Family, add_model_arguments, family_of, load_pipeline, parse_seed, seeded
 from .output import check_picture
 
 
@@ -14,11 +14,20 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..cache.report import CacheReport
-    from ..pipelines import HackVARClassPipeline
 
 
 BUDGETS = (None, 0.5, 0.3, 0.1)
-# Different kinds of pictures among the classes of the model inside the package.
+# Different kinds of pictures that the models inside the package know.
+DEMO_PROMPTS = [
+    "a red apple",
+    "a smiling cat",
+    "a red heart",
+    "a house with a garden",
+    "a blue car, 3d style",
+    "a penguin, yellow background",
+    "a slice of pizza",
+    "a rocket",
+]
 DEMO_CLASSES = [
     "face smiling",
     "cat face",
@@ -33,7 +42,7 @@ DEMO_CLASSES = [
 
 @dataclass
 class Column:
-    """Pictures of all classes with one budget, what their cache held, and how long they took together."""
+    """Pictures of all prompts or classes with one budget, what their cache held, and how long they took together."""
 
     name: str
     images: "list[Image]"
@@ -46,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = subparsers.add_parser(
         "demo",
         help="draw a sheet with the model inside the package",
-        description="Draw eight classes with the full cache and with HACK at three budgets, from the same seeds.",
+        description="Draw eight prompts or classes with the full cache and with HACK at three budgets, from the same seeds.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="the sheet (default: demo.png)")
@@ -58,37 +67,41 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace):
     """Draw the sheet and print what the caches held."""
     check_picture(args.output)
-    pipe = load_pipeline(args)
-    classes = choose_classes(pipe)
+    family = family_of(load_pipeline(args))
+    entries = choose_rows(family)
     # The first call of a process pays for what libraries set up once.
-    draw_column(pipe, classes[:1], BUDGETS[-1], args.seed)
-    columns = [draw_column(pipe, classes, budget, args.seed) for budget in BUDGETS]
-    draw_table([class_name(pipe, entry) for entry in classes], columns).save(args.output)
-    print(f"{args.output}: {len(classes)} classes, {len(columns)} budgets, seeds from {args.seed}\n")
+    draw_column(family, entries[:1], BUDGETS[-1], args.seed)
+    columns = [draw_column(family, entries, budget, args.seed) for budget in BUDGETS]
+    draw_table([family.name(entry) for entry in entries], columns).save(args.output)
+    print(f"{args.output}: {len(entries)} {family.plural}, {len(columns)} budgets, seeds from {args.seed}\n")
     for line in report_lines(columns):
         print(line)
 
 
-def choose_classes(pipe: "HackVARClassPipeline") -> list[int]:
-    """Eight classes: of another model than the demo up to eight, spread evenly over the ids, since neighbours are alike."""
+def choose_rows(family: Family) -> list[int | str]:
+    """Eight prompts or classes; of a class-conditional model with fewer classes all of them."""
+    if not isinstance(family, ClassFamily):
+        return family.parse(DEMO_PROMPTS)
+    pipe = family.pipe
     if pipe.labels.keys() >= set(DEMO_CLASSES):
-        return pipe.get_label_ids(DEMO_CLASSES)
+        return family.parse(DEMO_CLASSES)
+    # Of another model those that are spread evenly over the ids, since neighbours are alike.
     known = sorted(map(int, pipe.config["id2label"])) or range(pipe.transformer.config["num_classes"])
     count = min(len(DEMO_CLASSES), len(known))
     return [known[(2 * index + 1) * len(known) // (2 * count)] for index in range(count)]
 
 
-def draw_column(pipe: "HackVARClassPipeline", classes: list[int], budget: float | None, seed: int) -> Column:
-    """Draw all classes with one budget."""
+def draw_column(family: Family, entries: list[int | str], budget: float | None, seed: int) -> Column:
+    """Draw all rows with one budget."""
     start = time.perf_counter()
-    output = pipe(classes, generator=seeded(range(seed, seed + len(classes))), kv_budget=budget)
+    output = family.pipe(entries, generator=seeded(range(seed, seed + len(entries))), kv_budget=budget)
     seconds = time.perf_counter() - start
     name = "full cache" if budget is None else f"kv_budget={budget}"
     return Column(name, output.images, output.cache_report, seconds)
 
 
 def draw_table(names: list[str], columns: list[Column]) -> "Image":
-    """A row a class, a column a budget."""
+    """A row a prompt or class, a column a budget."""
     from .sheet import Sheet
 
     top = [f"{column.name}\n{column.report.bytes_allocated_peak / 2**10:.0f} KiB" for column in columns]

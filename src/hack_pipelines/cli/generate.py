@@ -1,25 +1,27 @@
-"""`hack-pipelines generate`: pictures of classes."""
+"""`hack-pipelines generate`: pictures of prompts or classes."""
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .options import (
+    Family,
     add_model_arguments,
+    add_prompts_file_argument,
     check_method,
-    class_name,
+    family_of,
     load_pipeline,
     parse_budget,
-    parse_class,
     parse_seed,
     positive_int,
+    read_prompts_file,
     seeded,
 )
 from .output import PictureWriter, in_parts
 
 
 if TYPE_CHECKING:
-    from ..pipelines import HackVARClassPipeline, HackVARPipelineOutput
+    from ..pipelines import HackVARPipelineOutput
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -27,15 +29,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = subparsers.add_parser(
         "generate",
         help="draw pictures",
-        description="Draw pictures of classes, keeping as much of the key/value cache as the budget allows.",
+        description="Draw pictures of prompts or classes, keeping as much of the key/value cache as the budget allows.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "classes", nargs="*", type=parse_class, metavar="CLASS", help="name or id; -1 is no class; none is any class"
+        "inputs",
+        nargs="*",
+        metavar="PROMPT_OR_CLASS",
+        help="what to draw: a prompt for a text-to-image model; name or id for a class-conditional one, where -1 is no "
+        "class and without any each seed draws one",
     )
-    parser.add_argument(
-        "--class", dest="more", action="append", type=parse_class, default=[], metavar="CLASS", help="one more class"
-    )
+    add_prompts_file_argument(parser)
     parser.add_argument(
         "--num-images", type=positive_int, default=1, metavar="N", help="pictures of each (default: 1)"
     )
@@ -44,6 +48,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     add_output_arguments(parser)
     add_cache_arguments(parser)
     add_sampling_arguments(parser)
+    add_text_arguments(parser)
+    add_class_arguments(parser)
     add_model_arguments(parser)
     return parser
 
@@ -59,7 +65,7 @@ def add_output_arguments(parser: argparse.ArgumentParser):
         help="file; several pictures make a sheet (default: out.png)",
     )
     output.add_argument(
-        "--output-dir", type=Path, metavar="FOLDER", help="one file a picture, named by class and seed"
+        "--output-dir", type=Path, metavar="FOLDER", help="one file a picture, named by prompt or class and seed"
     )
 
 
@@ -78,53 +84,62 @@ def add_cache_arguments(parser: argparse.ArgumentParser):
 def add_sampling_arguments(parser: argparse.ArgumentParser):
     """How tokens are drawn."""
     group = parser.add_argument_group("sampling", "what is left out is the model's own default")
-    group.add_argument("--guidance-scale", type=float, metavar="X", help="weight of the class; 1 is no guidance")
-    group.add_argument("--top-k", type=int, metavar="N", help="tokens to draw from; 0 is all, 1 is greedy")
+    group.add_argument("--guidance-scale", type=float, metavar="X", help="weight of prompt or class; 1 is no guidance")
+    group.add_argument(
+        "--top-k", type=int, metavar="N", help="tokens, or values of a bit, to draw from; 0 is all, 1 is greedy"
+    )
     group.add_argument("--top-p", type=float, metavar="X", help="probability mass to draw from; 1 is all")
-    group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="default: 1")
-    group.add_argument("--more-smooth", action="store_true", help="smoother pictures, from mixtures of tokens")
+    group.add_argument("--temperature", type=float, metavar="X", help="larger is more varied, smaller more certain")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser):
+    """What only text-to-image models take."""
+    group = parser.add_argument_group("text-to-image models only")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
+    group.add_argument(
+        "--height", type=positive_int, metavar="N", help="in pixels; the nearest that the model draws is taken"
+    )
+    group.add_argument("--width", type=positive_int, metavar="N", help="likewise")
+
+
+def add_class_arguments(parser: argparse.ArgumentParser):
+    """What only class-conditional models take."""
+    group = parser.add_argument_group("class-conditional models only")
+    group.add_argument("--class", dest="classes", action="append", metavar="CLASS", help="one more class")
+    group.add_argument(
+        "--more-smooth", action="store_true", default=None, help="smoother pictures, from mixtures of tokens"
+    )
 
 
 def run(args: argparse.Namespace):
     """Draw the pictures, batch by batch."""
     check_method(args.method, args.kv_budget)
+    texts = args.inputs + (args.classes or []) + read_prompts_file(args.prompts_file)
     with PictureWriter(args.output, args.output_dir) as writer:
-        pipe = load_pipeline(args)
-        labels = choose_classes(pipe, args)
-        numbered = list(enumerate(labels, start=args.seed))
+        family = family_of(load_pipeline(args))
+        arguments = family.call_arguments(args)
+        entries = choose_inputs(family, texts, args)
+        numbered = list(enumerate(entries, start=args.seed))
         for batch in in_parts(numbered, args.batch_size):
-            output = draw(pipe, args, batch)
-            for (seed, label), image in zip(batch, output.images):
-                writer.add(image, class_name(pipe, label), seed)
+            output = draw(family, arguments, batch)
+            for (seed, entry), image in zip(batch, output.images):
+                writer.add(image, family.name(entry), seed)
     print(f"cache per picture: {output.cache_report}")
 
 
-def choose_classes(pipe: "HackVARClassPipeline", args: argparse.Namespace) -> list[int]:
-    """Class ids of all pictures; where no class was named, each picture's own seed draws one."""
-    classes = args.classes + args.more
-    generators = seeded(range(args.seed, args.seed + args.num_images))
-    ids = pipe.encode_class_labels(classes or None, args.num_images, generators).tolist()
-    return [-1 if entry == pipe.transformer.config["num_classes"] else entry for entry in ids]
+def choose_inputs(family: Family, texts: list[str], args: argparse.Namespace) -> list[int | str]:
+    """Prompts or class ids of all pictures."""
+    if not texts:
+        return family.choose(range(args.seed, args.seed + args.num_images))
+    return [entry for entry in family.parse(texts) for _ in range(args.num_images)]
 
 
-def draw(
-    pipe: "HackVARClassPipeline", args: argparse.Namespace, batch: list[tuple[int, int]]
-) -> "HackVARPipelineOutput":
-    """Draw a batch of seeds and class ids."""
+def draw(family: Family, arguments: dict[str, Any], batch: list[tuple[int, int | str]]) -> "HackVARPipelineOutput":
+    """Draw a batch of seeds and inputs."""
     import torch
 
     try:
-        return pipe(
-            [label for _, label in batch],
-            guidance_scale=args.guidance_scale,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            more_smooth=args.more_smooth,
-            generator=seeded(seed for seed, _ in batch),
-            kv_budget=args.kv_budget,
-            method=args.method,
-        )
+        return family.pipe([entry for _, entry in batch], generator=seeded(seed for seed, _ in batch), **arguments)
     except torch.OutOfMemoryError as error:
         raise MemoryError(
             f"The device is out of memory with {len(batch)} pictures at a time: use a smaller `--batch-size` or "

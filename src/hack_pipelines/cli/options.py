@@ -3,14 +3,16 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 
 if TYPE_CHECKING:
     import torch
 
-    from ..pipelines import HackVARClassPipeline
+    from ..pipelines import HackVARPipeline
 
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -62,11 +64,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, head_profile: bool = Tr
         "--model",
         default="demo",
         metavar="NAME_OR_PATH",
-        help='"demo" for the small model inside the package (default), a folder or Hub repository in diffusers layout, '
-        "or an original repository",
+        help='"demo" for the small text-to-image model inside the package (default), "demo-class" for the '
+        "class-conditional one, a folder or Hub repository in diffusers layout, or an original repository",
     )
     group.add_argument(
-        "--variant", help="model of an original repository, such as d16, or variant of the weight files"
+        "--variant", help="model of an original repository, such as 2b or d16, or variant of the weight files"
     )
     group.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: fp32)")
     group.add_argument(
@@ -78,6 +80,33 @@ def add_model_arguments(parser: argparse.ArgumentParser, head_profile: bool = Tr
             metavar="PATH_OR_REPO",
             help="profile to use instead of the one that belongs to the model",
         )
+
+
+def add_prompts_file_argument(parser: argparse.ArgumentParser):
+    """Prompts or classes from a file."""
+    parser.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="prompts or classes, one a line; blank lines are skipped"
+    )
+
+
+def read_prompts_file(path: Path | None) -> list[str]:
+    """
+    Prompts or classes of a file, one a line; none where there is no file.
+
+    Raises:
+        `ValueError`: if it holds none, or no text.
+        `OSError`: if it cannot be read.
+    """
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`--prompts-file` must be a text file in UTF-8, but {path} is none: {error}.") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"`--prompts-file` must hold a prompt or class a line, but {path} holds none.")
+    return texts
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
@@ -102,16 +131,18 @@ def choose_device(name: str) -> str:
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 
-def load_pipeline(args: argparse.Namespace) -> "HackVARClassPipeline":
+def load_pipeline(args: argparse.Namespace) -> "HackVARPipeline":
     """The pipeline that [`add_model_arguments`] describes, on its device. Progress bars show on terminals only."""
-    from diffusers.utils import logging
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    from ..pipelines import HackVARClassPipeline
+    from ..pipelines import HackVARPipeline
 
     device = choose_device(args.device)
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    pipe = HackVARClassPipeline.from_pretrained(
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    pipe = HackVARPipeline.from_pretrained(
         args.model, args.variant, torch_dtype(args.dtype), head_profile=getattr(args, "head_profile", None)
     )
     pipe.set_progress_bar_config(disable=None, leave=False)
@@ -142,9 +173,120 @@ def seeded(seeds: Iterable[int]) -> "list[torch.Generator]":
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def class_name(pipe: "HackVARClassPipeline", class_id: int) -> str:
-    """What to call a class: the first of its names, or its number where the model has no names."""
-    if class_id == NULL_CLASS:
-        return "no class"
-    names = pipe.config["id2label"].get(str(class_id))
-    return names.split(",")[0].strip() if names else f"class {class_id}"
+class Family(ABC):
+    """
+    What the command line needs to know of a family of models.
+
+    Args:
+        pipe ([`HackVARPipeline`]):
+            The model.
+    """
+
+    kind: ClassVar[str]
+    """The family in a message."""
+    plural: ClassVar[str]
+    """What its pictures are made of."""
+    example: ClassVar[str]
+    """What a command that draws needs at least, as it is typed."""
+    options: ClassVar[dict[str, str]]
+    """Options of this family alone, by their names in the parsed arguments."""
+    arguments: ClassVar[tuple[str, ...]]
+    """Those of them that a call of the pipeline takes."""
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+
+    @abstractmethod
+    def parse(self, texts: Sequence[str]) -> list[int | str]:
+        """Inputs as the pipeline takes them, of inputs as they are typed."""
+
+    @abstractmethod
+    def choose(self, seeds: Sequence[int]) -> list[int | str]:
+        """An input for each seed where none was given."""
+
+    @abstractmethod
+    def name(self, entry: int | str) -> str:
+        """What to call an input in captions and names of files."""
+
+    def call_arguments(self, args: argparse.Namespace) -> dict[str, Any]:
+        """
+        Keyword arguments of the pipeline's call; what was not typed is left to the model.
+
+        Raises:
+            `ValueError`: if an option belongs to another family.
+        """
+        for family in FAMILIES.values():
+            for name, option in family.options.items():
+                if name not in self.options and getattr(args, name) is not None:
+                    raise ValueError(
+                        f"`{option}` is for {family.kind} models, but {args.model} is a {self.kind} model: leave it out."
+                    )
+        given = {name: getattr(args, name) for name in (*COMMON_ARGUMENTS, *self.arguments)}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class ClassFamily(Family):
+    """Pictures of classes."""
+
+    kind = "class-conditional"
+    plural = "classes"
+    example = "0"
+    options = {"classes": "--class", "more_smooth": "--more-smooth"}
+    arguments = ("more_smooth",)
+
+    def parse(self, texts: Sequence[str]) -> list[int | str]:
+        return self._ids([parse_class(text) for text in texts], None)
+
+    def choose(self, seeds: Sequence[int]) -> list[int | str]:
+        return self._ids(None, seeded(seeds))
+
+    def name(self, entry: int | str) -> str:
+        """The first of a class's names, or its number where the model has no names."""
+        if entry == NULL_CLASS:
+            return "no class"
+        names = self.pipe.config["id2label"].get(str(entry))
+        return names.split(",")[0].strip() if names else f"class {entry}"
+
+    def _ids(self, labels: list[int | str] | None, generators: "list[torch.Generator] | None") -> list[int | str]:
+        ids = self.pipe.encode_class_labels(labels, generator=generators).tolist()
+        return [NULL_CLASS if entry == self.pipe.transformer.config["num_classes"] else entry for entry in ids]
+
+
+class TextFamily(Family):
+    """Pictures of prompts."""
+
+    kind = "text-to-image"
+    plural = "prompts"
+    example = '"a lighthouse in a storm"'
+    options = {"negative_prompt": "--negative-prompt", "height": "--height", "width": "--width"}
+    arguments = ("negative_prompt", "height", "width")
+
+    def parse(self, texts: Sequence[str]) -> list[int | str]:
+        return list(texts)
+
+    def choose(self, seeds: Sequence[int]) -> list[int | str]:
+        raise ValueError(
+            f"A text-to-image model needs a prompt: `hack-pipelines generate {self.example}`, or one a line in "
+            "`--prompts-file FILE`."
+        )
+
+    def call_arguments(self, args: argparse.Namespace) -> dict[str, Any]:
+        """As above; the size is settled here, so that one that the model does not draw is told of once, not every batch."""
+        arguments = super().call_arguments(args)
+        size = {name: arguments.pop(name) for name in ("height", "width") if name in arguments}
+        if size:
+            arguments["scale_schedule"] = self.pipe.resolve_schedule(**size).sizes
+        return arguments
+
+    def name(self, entry: int | str) -> str:
+        """The prompt in one line."""
+        return " ".join(str(entry).split()) or "no text"
+
+
+COMMON_ARGUMENTS = ("guidance_scale", "temperature", "top_k", "top_p", "kv_budget", "method")
+FAMILIES: dict[str, type[Family]] = {"var": ClassFamily, "infinity": TextFamily}
+
+
+def family_of(pipe: "HackVARPipeline") -> Family:
+    """A pipeline as the command line treats it."""
+    return FAMILIES[pipe.family](pipe)

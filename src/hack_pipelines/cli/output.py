@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+LONGEST_CAPTION = 100
+LONGEST_NAME = 60
+
+
 @dataclass
 class PictureWriter:
     """
@@ -51,14 +55,16 @@ class PictureWriter:
             print(f"{self.output}: {self.captions[0] if len(self.images) == 1 else f'{len(self.images)} pictures'}")
 
     def add(self, image: "Image", name: str, seed: int):
-        """Take a finished picture of a class."""
-        caption = f"{name}, seed {seed}"
-        self.images.append(image)
-        self.captions.append(caption)
+        """Take a finished picture of a prompt or class."""
+        short = name if len(name) <= LONGEST_CAPTION else f"{name[: LONGEST_CAPTION - 3].rstrip()}..."
+        caption = f"{short}, seed {seed}"
         if self.folder is not None:
             path = free_path(self.folder, f"{file_name(name)}-{seed}")
             image.save(path)
             print(f"{path}: {caption}")
+            return
+        self.images.append(image)
+        self.captions.append(caption)
 
     def _sheet(self) -> "Image":
         from .sheet import Sheet
@@ -110,8 +116,13 @@ def in_parts(entries: Sequence, size: int) -> list:
 
 
 def file_name(name: str) -> str:
-    """A class name as part of a file name."""
-    return re.sub(r"\W+", "-", name).strip("-") or "class"
+    """A prompt or class name as part of a file name, cut after a word where it is long."""
+    words = re.sub(r"\W+", "-", name).strip("-")
+    # File systems count bytes.
+    start = words.encode()[:LONGEST_NAME].decode(errors="ignore")
+    if start != words and words[len(start)] != "-" and "-" in start:
+        start = start[: start.rindex("-")]
+    return start.strip("-") or "picture"
 
 
 def free_path(folder: Path, stem: str) -> Path:
