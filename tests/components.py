@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from hack_pipelines import HackVARClassPipeline, HackVARTextPipeline, MultiScaleVQModel, VARTransformer2DModel
+from hack_pipelines.cache.cache import FullCache
 from hack_pipelines.models.autoencoder_bsq import MultiScaleBSQModel
 from hack_pipelines.models.transformer_infinity import InfinityTransformer2DModel
 
@@ -109,6 +111,15 @@ def tiny_t5(folder: Path, channels: int = 256) -> Path:
     for part in tiny_text_encoder(channels):
         part.save_pretrained(folder)
     return folder
+
+
+class OriginalCache(FullCache):
+    """The original's way: keys stay in float32 and are cast at every use; every scale is stored."""
+
+    def attend(self, layer_idx, query, key, value, scale=1.0):
+        key, value = self.update(key.float(), value, layer_idx)
+        self.seen_tokens[layer_idx] += value.shape[2] - self.seen_tokens[layer_idx]
+        return F.scaled_dot_product_attention(query, key.to(value.dtype), value, scale=scale)
 
 
 def seeds(*values: int) -> list[torch.Generator]:

@@ -14,7 +14,7 @@ from hack_pipelines.methods import HACK, Geometry, Random, ScaleWindow
 from hack_pipelines.methods.selection import top
 from hack_pipelines.schedule import Schedule
 
-from .components import FixedTypes, half_contextual, seeds, tiny_pipeline
+from .components import FixedTypes, OriginalCache, half_contextual, seeds, tiny_pipeline
 
 
 METHODS = [
@@ -379,15 +379,6 @@ def test_lengths_do_not_depend_on_the_input(pipe, method):
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------
-
-
-class OriginalCache(FullCache):
-    """The original's way: keys stay in float32 and are cast at every use; every scale is stored."""
-
-    def attend(self, layer_idx, query, key, value, scale=1.0):
-        key, value = self.update(key.float(), value, layer_idx)
-        self.seen_tokens[layer_idx] += value.shape[2] - self.seen_tokens[layer_idx]
-        return F.scaled_dot_product_attention(query, key.to(value.dtype), value, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -127,8 +127,11 @@ class FullCache(Cache):
             last (`bool`, *optional*, defaults to `False`):
                 Whether this is the last scale, after which nothing stays stored.
         """
-        key, value = joined(self.keys[layer_idx], key), joined(self.values[layer_idx], value)
-        self.keys[layer_idx], self.values[layer_idx] = (None, None) if last else (key, value)
+        # One after the other, so that the old keys are gone before the values are joined.
+        key = joined(self.keys[layer_idx], key)
+        self.keys[layer_idx] = None if last else key
+        value = joined(self.values[layer_idx], value)
+        self.values[layer_idx] = None if last else value
         return key, value
 
     def _attend(self, layer_idx, step, query, key, value, scale):

@@ -10,6 +10,9 @@ from .attention import attention
 from .cache import Cache, joined
 
 
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass
 class HeadGroup:
     """Heads of one layer that hold the same number of tokens; keys and values are `[rows, heads, tokens, head_dim]`."""
@@ -58,12 +61,11 @@ class HeadGroupCache(Cache):
         lengths = list(zip(groups, plan.attend[step], plan.store[step]))
         if len(groups) == 1:
             _, attend, store = lengths[0]
-            output = self._attend_group(layer_idx, step, groups[0], query, key, value, scale, attend, store)
+            output = self._attend_group(layer_idx, step, groups[0], (query, key, value), scale, attend, store)
         else:
             output = torch.empty_like(query)
             for group, attend, store in lengths:
-                own_query, own_key, own_value = (part.index_select(1, group.index) for part in (query, key, value))
-                part = self._attend_group(layer_idx, step, group, own_query, own_key, own_value, scale, attend, store)
+                part = self._attend_group(layer_idx, step, group, (query, key, value), scale, attend, store)
                 output.index_copy_(1, group.index, part)
         if step == len(self.schedule) - 1:
             self.groups[layer_idx] = []
@@ -100,14 +102,16 @@ class HeadGroupCache(Cache):
         layer_idx: int,
         step: int,
         group: HeadGroup,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        current: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         scale: float,
         attend: int,
         store: int,
     ) -> torch.Tensor:
-        """Attention of one group, which afterwards holds `store` tokens."""
+        """Attention of one group, which afterwards holds `store` tokens; `current` are all heads' queries, keys and values."""
+        if len(group.heads) < current[0].shape[1]:
+            query, key, value = (part.index_select(1, group.index) for part in current)
+        else:
+            query, key, value = current
         view = StepView(
             schedule=self.schedule,
             step=step,
@@ -123,27 +127,27 @@ class HeadGroupCache(Cache):
             scale=scale,
             guided=self.guided,
         )
+        seen, (group.key, group.value) = self._selected(view, attend, store)
+        # These are the last to hold the old history and copies of the current tokens: attention runs without them.
+        del view, key, value
+        return attention(query, *seen, scale)
+
+    def _selected(self, view: StepView, attend: int, store: int) -> tuple[KeyValue, KeyValue]:
+        """Keys and values that a group attends to, and those that it holds afterwards."""
         present = view.num_present
         if attend < present or 0 < store < present:
             scores, tiers = self.method.rank(view)
             self._note_finite(scores)
         if attend < present:
-            kept, num_old = top(scores, attend, tiers), count_before(view.num_stored, attend, present, tiers)
-            seen = gathered(group.key, key, kept, num_old), gathered(group.value, value, kept, num_old)
-            seen = self.method.merge(view, kept, *seen)
+            kept = top(scores, attend, tiers)
+            seen = self.method.merge(view, kept, *kept_of(view, kept, tiers))
         else:
-            seen = joined(group.key, key), joined(group.value, value)
+            seen = joined(view.stored_key, view.key), joined(view.stored_value, view.value)
         if store == 0:
-            held = key[:, :, :0].clone(), value[:, :, :0].clone()
-        elif store == attend:
-            held = seen
-        else:
-            kept, num_old = top(scores, store, tiers), count_before(view.num_stored, store, present, tiers)
-            held = gathered(group.key, key, kept, num_old), gathered(group.value, value, kept, num_old)
-        group.key, group.value = held
-        # The view is the last to hold the old history; attention should not run while it is alive.
-        del view
-        return attention(query, *seen, scale)
+            return seen, (view.key[:, :, :0].clone(), view.value[:, :, :0].clone())
+        if store == attend:
+            return seen, seen
+        return seen, kept_of(view, top(scores, store, tiers), tiers)
 
     def _note_finite(self, scores: torch.Tensor):
         """Remember on the device whether a score was not finite: asking at once would wait for a GPU at every layer."""
@@ -157,6 +161,12 @@ class HeadGroupCache(Cache):
                 f"Method {self.method.name!r} got scores that are not finite. The model's keys or values overflowed: "
                 "use a dtype with a larger range (bfloat16 or float32)."
             )
+
+
+def kept_of(view: StepView, kept: torch.Tensor, tiers: torch.Tensor | None) -> KeyValue:
+    """Keys and values at the positions that `top` took with these tiers."""
+    num_old = count_before(view.num_stored, kept.shape[2], view.num_present, tiers)
+    return gathered(view.stored_key, view.key, kept, num_old), gathered(view.stored_value, view.value, kept, num_old)
 
 
 def gathered(

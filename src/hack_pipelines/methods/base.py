@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ..profiles.head_profile import HeadProfile
 
 
+# Keys of a head that are scored at once.
+SCORED_KEYS = 1024
+
+
 @dataclass(frozen=True)
 class Geometry:
     """
@@ -190,8 +194,8 @@ class StepView:
         """
         Attention that each present token gets from some of the current queries, summed over them.
 
-        The softmax runs over all present tokens. History and current keys are multiplied apart, so that they are never
-        joined.
+        The softmax runs over all present tokens. History and current keys are multiplied apart and a chunk at a time, so
+        that they are never joined, nor copied to float32 as a whole.
 
         Args:
             positions (`torch.Tensor`):
@@ -201,8 +205,9 @@ class StepView:
             `torch.Tensor`: `[rows, heads, present]` in float32.
         """
         query = self.query[:, :, positions].float() * self.scale
-        parts = [query @ key.float().transpose(-1, -2) for key in (self.stored_key, self.key) if key.shape[2]]
-        return torch.cat(parts, dim=-1).softmax(-1).sum(2)
+        keys = [part for key in (self.stored_key, self.key) for part in key.split(SCORED_KEYS, dim=2)]
+        logits = torch.cat([query @ key.float().transpose(-1, -2) for key in keys], dim=-1)
+        return logits.softmax(-1).sum(2)
 
 
 class Method(ABC):

@@ -1,5 +1,6 @@
 """HACK: head-aware compression with two head types (arXiv 2504.09261)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 
 CONTEXTUAL, STRUCTURAL = "contextual", "structural"
+# Cosines that a merge holds at once for each row: 16 MiB, where all of Infinity's largest scale would take gigabytes.
+MERGE_CHUNK = 2**22
 
 
 @dataclass
@@ -188,7 +191,8 @@ def merge_by_cosine(
     Add every dropped token to the kept one with the most similar key, weighted by their cosine, and average.
 
     `X_r <- (X_r + sum_e w_e X_e) / (1 + sum_e w_e)` with `w_e = max(0, cos(K_e, K_r))` for `X = K` and `X = V`, in
-    float32, after LOOK-M (arXiv 2406.18139). History and current tokens are taken one after the other, never joined.
+    float32, after LOOK-M (arXiv 2406.18139). History and current tokens are taken one after the other, never joined, and
+    a chunk at a time, which changes neither a cosine nor the order of a sum.
 
     Args:
         view (`StepView`):
@@ -203,48 +207,46 @@ def merge_by_cosine(
     """
     dropped = torch.ones(*kept.shape[:2], view.num_present, dtype=torch.bool, device=kept.device)
     dropped.scatter_(2, kept, False)
-    merged_key, merged_value = key.float(), value.float()
-    unit_kept = F.normalize(merged_key, dim=-1)
-    weight_sums = torch.ones(kept.shape, device=kept.device)
-    parts = ((view.stored_key, view.stored_value), (view.key, view.value))
-    for (part_key, part_value), mask in zip(parts, dropped.split([view.num_stored, view.key.shape[2]], dim=2)):
-        if not part_key.shape[2]:
-            continue
-        cosines = F.normalize(part_key.float(), dim=-1) @ unit_kept.transpose(-1, -2)
-        weights, target = cosines.max(-1)
-        weights = weights.clamp_min(0) * mask
-        merged_key = merged_key + summed_at(target, weights, part_key, kept.shape[2])
-        merged_value = merged_value + summed_at(target, weights, part_value, kept.shape[2])
-        weight_sums = (
-            weight_sums + summed_at(target, weights, torch.ones_like(weights).unsqueeze(-1), kept.shape[2])[..., 0]
-        )
-    weight_sums = weight_sums.unsqueeze(-1)
+    merged = [key.float(), value.float(), torch.ones((*kept.shape, 1), device=kept.device)]
+    unit_kept = F.normalize(merged[0], dim=-1).transpose(-1, -2)
+    # Of one row's shape, so that a batch is cut where each of its images would be.
+    chunk = max(1, MERGE_CHUNK // (kept.shape[1] * kept.shape[2]))
+    history = view.stored_key, view.stored_value, dropped[:, :, : view.num_stored]
+    for part in (history, (view.key, view.value, dropped[:, :, view.num_stored :])):
+        sums = [own.new_zeros(own.shape) for own in merged]
+        for own_key, own_value, mask in zip(*(tensor.split(chunk, dim=2) for tensor in part)):
+            weights, target = (F.normalize(own_key.float(), dim=-1) @ unit_kept).max(-1)
+            values = own_key, own_value, torch.ones_like(own_key[..., :1])
+            add_by_target(sums, target, weights.clamp_min(0) * mask, values)
+        merged = [own + more for own, more in zip(merged, sums)]
+    merged_key, merged_value, weight_sums = merged
     return (merged_key / weight_sums).to(key.dtype), (merged_value / weight_sums).to(value.dtype)
 
 
-def summed_at(target: torch.Tensor, weights: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
+def add_by_target(
+    sums: Sequence[torch.Tensor], target: torch.Tensor, weights: torch.Tensor, values: Sequence[torch.Tensor]
+):
     """
-    Weighted sums of values by their target, `[rows, heads, count, channels]` in float32, in a fixed order.
+    Add weighted values to sums in place, each value to that of its target, in a fixed order.
 
     Args:
+        sums (`Sequence[torch.Tensor]`):
+            Contiguous, `[rows, heads, targets, channels]` in float32.
         target, weights (`torch.Tensor`):
             Where each value goes, and how much of it, `[rows, heads, tokens]`.
-        values (`torch.Tensor`):
-            `[rows, heads, tokens, channels]`.
-        count (`int`):
-            Targets of a head.
+        values (`Sequence[torch.Tensor]`):
+            One for each of the sums, `[rows, heads, tokens, channels]`.
     """
-    rows, heads, tokens, channels = values.shape
-    if values.device.type != "cpu":
+    rows, heads, count, _ = sums[0].shape
+    if target.device.type != "cpu":
         # Adding in place would sum in any order there, while a product is as good as free.
-        assignment = weights.new_zeros(rows, heads, count, tokens).scatter_(
-            2, target.unsqueeze(2), weights.unsqueeze(2)
-        )
-        return assignment @ values.float()
+        assignment = weights.new_zeros(rows, heads, count, target.shape[2])
+        assignment.scatter_(2, target.unsqueeze(2), weights.unsqueeze(2))
+        for total, value in zip(sums, values):
+            total += assignment @ value.float()
+        return
     starts = torch.arange(0, rows * heads * count, count).view(rows, heads, 1)
-    weighted = (values.float() * weights.unsqueeze(-1)).view(-1, channels)
-    return (
-        weighted.new_zeros(rows * heads * count, channels)
-        .index_add_(0, (target + starts).flatten(), weighted)
-        .view(rows, heads, count, channels)
-    )
+    index = (target + starts).flatten()
+    for total, value in zip(sums, values):
+        weighted = (value.float() * weights.unsqueeze(-1)).reshape(-1, value.shape[-1])
+        total.view(-1, value.shape[-1]).index_add_(0, index, weighted)

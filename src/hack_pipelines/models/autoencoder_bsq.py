@@ -38,7 +38,7 @@ class MultiScaleBSQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _no_split_modules = ["Encoder", "Decoder"]
-    _skip_layerwise_casting_patterns = ["norm"]
+    _skip_layerwise_casting_patterns = ["norm", "conv_in"]
 
     @register_to_config
     def __init__(

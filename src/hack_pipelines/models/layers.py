@@ -15,15 +15,22 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the rotary positions of a step's tokens, `[tokens, head_dim / 2]` each in float32."""
 
 
-def linear(module: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Apply a linear layer whose weights may be half precision to the float32 stream."""
-    return module(hidden_states.to(module.weight.dtype))
+class Linear(nn.Linear):
+    """
+    A linear layer whose weights may be half precision, applied to the float32 stream. It casts in its own `forward`, because
+    that is where hooks (offload, layerwise casting) have put the weights into their place and dtype.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.to(self.weight.dtype))
 
 
-def linear_fp32(module: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Apply a linear layer that autocast must not touch; float32 out."""
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        return module(hidden_states.to(module.weight.dtype)).float()
+class LinearFP32(Linear):
+    """A linear layer that autocast must not touch; float32 out."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input).float()
 
 
 def modulated_norm(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
@@ -46,8 +53,8 @@ class ScaleAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.layer_idx = layer_idx
-        self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_qkv = Linear(dim, 3 * dim)
+        self.to_out = Linear(dim, dim)
         self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), 4.0).log()) if l2_norm else None
         self.logit_scale = 1.0 if l2_norm else 0.25 / (dim // heads) ** 0.5
 
@@ -58,7 +65,7 @@ class ScaleAttention(nn.Module):
         mask: torch.Tensor | None = None,
         rotary: Rotary | None = None,
     ) -> torch.Tensor:
-        projected = linear(self.to_qkv, hidden_states).unflatten(-1, (3, self.heads, -1))
+        projected = self.to_qkv(hidden_states).unflatten(-1, (3, self.heads, -1))
         query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_scale is not None:
             # In half precision the original takes the minimum in the parameter's dtype, which lowers the cap.
@@ -73,7 +80,7 @@ class ScaleAttention(nn.Module):
             attended = attention(query, key, value, self.logit_scale, mask)
         else:
             attended = kv_cache.attend(self.layer_idx, query, key, value, self.logit_scale)
-        return linear(self.to_out, attended.transpose(1, 2).flatten(2))
+        return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -81,8 +88,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.proj_in = nn.Linear(dim, hidden_dim)
-        self.proj_out = nn.Linear(hidden_dim, dim)
+        self.proj_in = Linear(dim, hidden_dim)
+        self.proj_out = Linear(hidden_dim, dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return linear(self.proj_out, F.gelu(linear(self.proj_in, hidden_states), approximate="tanh"))
+        return self.proj_out(F.gelu(self.proj_in(hidden_states), approximate="tanh"))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput
 from torch import nn
 
@@ -14,7 +15,7 @@ from ..cache.attention import attention
 from ..cache.cache import Cache
 from ..schedule import Schedule
 from .infinity_schedules import reference_size
-from .layers import FeedForward, Rotary, ScaleAttention, linear, linear_fp32, modulated_norm
+from .layers import FeedForward, Linear, LinearFP32, Rotary, ScaleAttention, modulated_norm
 
 
 ROTARY_BASE = 10_000
@@ -172,14 +173,14 @@ class TextPooling(nn.Module):
         super().__init__()
         self.in_bfloat16 = in_bfloat16
         self.query = nn.Parameter(torch.randn(1, heads, dim // heads) * dim**-0.5)
-        self.to_kv = nn.Linear(text_channels, 2 * dim)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_kv = Linear(text_channels, 2 * dim)
+        self.to_out = Linear(dim, dim)
 
     def forward(self, text: torch.Tensor, rows: TextRows) -> torch.Tensor:
-        keys_values = split_keys_values(linear(self.to_kv, text), rows, self.query.shape[1])
+        keys_values = split_keys_values(self.to_kv(text), rows, self.query.shape[1])
         query = self.query.to(keys_values[0][1].dtype).unsqueeze(2).expand(len(rows.lengths), -1, -1, -1)
         pooled = text_attention(query, keys_values, self.query.shape[2] ** -0.5, self.in_bfloat16)
-        return linear(self.to_out, pooled.flatten(1))
+        return self.to_out(pooled.flatten(1))
 
 
 class TextProjection(nn.Module):
@@ -187,11 +188,11 @@ class TextProjection(nn.Module):
 
     def __init__(self, text_channels: int, dim: int):
         super().__init__()
-        self.linear_1 = nn.Linear(text_channels, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(text_channels, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        return linear(self.linear_2, F.gelu(linear(self.linear_1, text), approximate="tanh"))
+        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
 
 
 class TextNorm(nn.Module):
@@ -226,20 +227,20 @@ class TextCrossAttention(nn.Module):
         self.heads = heads
         self.layer_idx = layer_idx
         self.in_bfloat16 = in_bfloat16
-        self.to_q = nn.Linear(dim, dim)
-        self.to_kv = nn.Linear(dim, 2 * dim)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_q = Linear(dim, dim)
+        self.to_kv = Linear(dim, 2 * dim)
+        self.to_out = Linear(dim, dim)
 
     def forward(self, hidden_states: torch.Tensor, text: TextStates, rows: TextRows) -> torch.Tensor:
-        query = linear(self.to_q, hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query = self.to_q(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         attended = self._attend(query, text, rows)
-        return linear(self.to_out, attended.transpose(1, 2).flatten(2))
+        return self.to_out(attended.transpose(1, 2).flatten(2))
 
     # Compiled, this would be compiled anew for every set of lengths.
     @torch.compiler.disable
     def _attend(self, query: torch.Tensor, text: TextStates, rows: TextRows) -> torch.Tensor:
         if self.layer_idx not in text.keys_values:
-            projected = linear(self.to_kv, text.hidden_states)
+            projected = self.to_kv(text.hidden_states)
             text.keys_values[self.layer_idx] = split_keys_values(projected, rows, self.heads)
         return text_attention(query, text.keys_values[self.layer_idx], query.shape[-1] ** -0.5, self.in_bfloat16)
 
@@ -251,7 +252,7 @@ class InfinityTransformerBlock(nn.Module):
         super().__init__()
         self.eps = eps
         self.attn = ScaleAttention(dim, heads, layer_idx)
-        self.norm_text = nn.LayerNorm(dim, eps=eps)
+        self.norm_text = FP32LayerNorm(dim, eps)
         self.cross_attn = TextCrossAttention(dim, heads, layer_idx, in_bfloat16)
         self.ff = FeedForward(dim, hidden_dim)
         self.modulation = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5)
@@ -270,13 +271,7 @@ class InfinityTransformerBlock(nn.Module):
         attended = self.attn(modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), kv_cache, mask, rotary)
         # Rounded to the dtype of the branch, as the original's in-place product is under autocast.
         hidden_states = hidden_states + (attended * gate_attn).to(attended.dtype)
-        normed = F.layer_norm(
-            hidden_states.float(),
-            hidden_states.shape[-1:],
-            self.norm_text.weight.float(),
-            self.norm_text.bias.float(),
-            self.eps,
-        )
+        normed = self.norm_text(hidden_states.float())
         hidden_states = hidden_states.float() + self.cross_attn(normed, text, rows)
         return hidden_states + self.ff(modulated_norm(hidden_states, scale_ff, shift_ff, self.eps)) * gate_ff
 
@@ -348,8 +343,8 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
         self.text_proj = TextProjection(text_channels, dim)
         self.pos_start = nn.Parameter(torch.randn(1, 1, dim) * dim**-0.5)
         self.level_embed = nn.Embedding(num_levels, dim)
-        self.latent_embed = nn.Linear(bits_per_token, dim)
-        self.shared_modulation = nn.Linear(dim, 6 * dim)
+        self.latent_embed = Linear(bits_per_token, dim)
+        self.shared_modulation = LinearFP32(dim, 6 * dim)
         self.transformer_blocks = nn.ModuleList(
             [
                 InfinityTransformerBlock(
@@ -358,8 +353,8 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
                 for i in range(num_layers)
             ]
         )
-        self.head_modulation = nn.Linear(dim, 2 * dim)
-        self.head = nn.Linear(dim, 2 * bits_per_token)
+        self.head_modulation = LinearFP32(dim, 2 * dim)
+        self.head = LinearFP32(dim, 2 * bits_per_token)
 
     def forward(
         self,
@@ -406,7 +401,7 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
         if condition.states is None:
             condition.states = self._encode_text(condition)
         text = condition.states
-        steps = range(len(schedule)) if step is None else (step,)
+        steps = tuple(range(len(schedule))) if step is None else (step,)
         rotary = rotary_positions(schedule, steps, self.config["attention_head_dim"], text.pooled.device)
         mask = None
         if step is None:
@@ -421,7 +416,7 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
                 conditional, unconditional = hidden_states.chunk(2)
                 hidden_states = (weight * conditional + (1 - weight) * unconditional).repeat(2, 1, 1)
         scale, shift = text.head_modulation.unbind(2)
-        logits = linear_fp32(self.head, modulated_norm(hidden_states, scale, shift, self.config["norm_eps"]))
+        logits = self.head(modulated_norm(hidden_states, scale, shift, self.config["norm_eps"]))
         return InfinityTransformer2DModelOutput(logits=logits) if return_dict else (logits,)
 
     def _encode_text(self, condition: InfinityCondition) -> TextStates:
@@ -431,8 +426,8 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
         activated = F.silu(pooled.float())
         return TextStates(
             pooled=pooled,
-            modulation=linear_fp32(self.shared_modulation, activated).view(len(condition), 1, 6, -1),
-            head_modulation=linear_fp32(self.head_modulation, activated).view(len(condition), 1, 2, -1),
+            modulation=self.shared_modulation(activated).view(len(condition), 1, 6, -1),
+            head_modulation=self.head_modulation(activated).view(len(condition), 1, 2, -1),
             hidden_states=self.text_proj(text),
         )
 
@@ -440,14 +435,18 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
         self, latents: torch.Tensor | None, pooled: torch.Tensor, schedule: Schedule, steps: Sequence[int]
     ) -> torch.Tensor:
         """Token embeddings `[rows, tokens, dim]`: pooled text or latent, plus level."""
+        lengths = [schedule.lengths[step] for step in steps]
+        levels = self.level_embed(torch.tensor(steps, device=pooled.device)).repeat_interleave(
+            torch.tensor(lengths, device=pooled.device), dim=0, output_size=sum(lengths)
+        )
         parts = []
         if 0 in steps:
-            parts.append(pooled.unsqueeze(1) + self.pos_start + self.level_embed.weight[0])
+            parts.append(pooled.unsqueeze(1) + self.pos_start + levels[:1])
+            levels = levels[1:]
         if latents is not None:
-            embedded = linear(self.latent_embed, latents)
-            index = torch.tensor([step for step in steps if step for _ in range(schedule.lengths[step])])
+            embedded = self.latent_embed(latents)
             # Added in place in the original: half precision is kept here, and float32 at the first scale.
-            embedded = (embedded + self.level_embed(index.to(embedded.device))).to(embedded.dtype)
+            embedded = (embedded + levels).to(embedded.dtype)
             # With guidance both halves read the same latents, so these are embedded once.
             parts.append(embedded.repeat(len(pooled) // len(embedded), 1, 1))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..cache.cache import Cache
 from ..schedule import Schedule
-from .layers import FeedForward, ScaleAttention, linear, modulated_norm
+from .layers import FeedForward, Linear, ScaleAttention, modulated_norm
 
 
 @dataclass
@@ -37,7 +37,7 @@ class VARTransformerBlock(nn.Module):
         self.eps = eps
         self.attn = ScaleAttention(dim, heads, layer_idx, l2_norm)
         self.ff = FeedForward(dim, hidden_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if shared_aln else nn.Linear(dim, 6 * dim)
+        self.modulation = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if shared_aln else Linear(dim, 6 * dim)
 
     def forward(
         self,
@@ -49,7 +49,7 @@ class VARTransformerBlock(nn.Module):
         if isinstance(self.modulation, nn.Parameter):
             modulation = self.modulation + condition
         else:
-            modulation = linear(self.modulation, F.silu(condition)).view(len(condition), 1, 6, -1)
+            modulation = self.modulation(F.silu(condition)).view(len(condition), 1, 6, -1)
         gate_attn, gate_ff, scale_attn, scale_ff, shift_attn, shift_ff = modulation.unbind(2)
         attended = self.attn(modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), kv_cache, mask)
         # Rounded to the dtype of the branch, as the original's in-place product is under autocast.
@@ -116,8 +116,8 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
         self.pos_start = nn.Parameter(torch.randn(1, self.schedule.lengths[0], dim) * dim**-0.5)
         self.pos_embed = nn.Parameter(torch.randn(1, self.schedule.total, dim) * dim**-0.5)
         self.level_embed = nn.Embedding(len(patch_nums), dim)
-        self.latent_embed = nn.Linear(latent_channels, dim)
-        self.shared_modulation = nn.Linear(dim, 6 * dim) if shared_aln else None
+        self.latent_embed = Linear(latent_channels, dim)
+        self.shared_modulation = Linear(dim, 6 * dim) if shared_aln else None
         self.transformer_blocks = nn.ModuleList(
             [
                 VARTransformerBlock(
@@ -126,8 +126,8 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
                 for i in range(num_layers)
             ]
         )
-        self.norm_modulation = nn.Linear(dim, 2 * dim)
-        self.proj_out = nn.Linear(dim, vocab_size)
+        self.norm_modulation = Linear(dim, 2 * dim)
+        self.proj_out = Linear(dim, vocab_size)
 
     def forward(
         self,
@@ -170,12 +170,12 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
         mask = self.levels[:, None] >= self.levels[None, :] if step is None else None
         modulation = condition
         if self.shared_modulation is not None:
-            modulation = linear(self.shared_modulation, F.silu(condition)).view(len(condition), 1, 6, -1).float()
+            modulation = self.shared_modulation(F.silu(condition)).view(len(condition), 1, 6, -1).float()
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, modulation, kv_cache, mask)
-        scale, shift = linear(self.norm_modulation, F.silu(condition)).view(len(condition), 1, 2, -1).unbind(2)
+        scale, shift = self.norm_modulation(F.silu(condition)).view(len(condition), 1, 2, -1).unbind(2)
         hidden_states = modulated_norm(hidden_states, scale, shift, self.config["norm_eps"])
-        logits = linear(self.proj_out, hidden_states).float()
+        logits = self.proj_out(hidden_states).float()
         return VARTransformer2DModelOutput(logits=logits) if return_dict else (logits,)
 
     def _embed(self, latents: torch.Tensor | None, condition: torch.Tensor, step: int | None) -> torch.Tensor:
@@ -187,7 +187,7 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
         if not step:
             parts.append(condition.unsqueeze(1).expand(-1, lengths[0], -1) + self.pos_start)
         if latents is not None:
-            parts.append(linear(self.latent_embed, latents))
+            parts.append(self.latent_embed(latents))
         embedded = torch.cat(parts, dim=1) + positions
         # With guidance both halves read the same latents, so these are embedded once.
         return embedded.repeat(len(condition) // len(embedded), 1, 1)
