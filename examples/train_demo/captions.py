@@ -63,7 +63,9 @@ def held_out_backgrounds(label: str) -> set[str]:
 def training_backgrounds(labels: list[str], plain_share: float) -> torch.Tensor:
     """A random background for each label, as positions in `BACKGROUNDS`: white for `plain_share` of them."""
     names = list(BACKGROUNDS)
-    allowed = [[i for i, name in enumerate(names) if i and name not in held_out_backgrounds(label)] for label in labels]
+    allowed = [
+        [i for i, name in enumerate(names) if i and name not in held_out_backgrounds(label)] for label in labels
+    ]
     picks = [entry[int(torch.randint(len(entry), ()))] for entry in allowed]
     return torch.where(torch.rand(len(labels)) < plain_share, 0, torch.tensor(picks))
 

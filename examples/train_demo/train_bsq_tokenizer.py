@@ -113,7 +113,9 @@ def train(folder: Path, runs: Path, minutes: float, batch_size: int) -> Path:
         images = augmented_view(data.images[batch], data.mirrored[batch], SIDE, torch.default_generator, background)
         with torch.autocast("cpu", torch.bfloat16):
             features = model.encode(images)
-        latents, commitment = (features, torch.zeros(())) if step < PLAIN_STEPS else quantise(model, features, schedule)
+        latents, commitment = (
+            (features, torch.zeros(())) if step < PLAIN_STEPS else quantise(model, features, schedule)
+        )
         with torch.autocast("cpu", torch.bfloat16):
             # Not `decode`: its clamp would stop the gradient of values that overshoot.
             output = model.decoder(latents)

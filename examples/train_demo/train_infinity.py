@@ -173,6 +173,13 @@ def bits_and_inputs(
     return torch.cat(all_bits, dim=1), torch.cat(inputs, dim=1)
 
 
+def text_tokenizer(data: EmojiData, folder: Path) -> T5Tokenizer:
+    """The tokenizer of the captions, trained once: training leaves the order of equally likely pieces to chance."""
+    if not folder.exists():
+        train_text_tokenizer(all_captions(data)).save_pretrained(folder)
+    return T5Tokenizer.from_pretrained(folder)
+
+
 def token_weights(schedule: Schedule) -> torch.Tensor:
     """Weight of every token in the loss, `[L, 1]`, one on average."""
     weights = torch.cat([torch.full((length,), length**-SCALE_WEIGHT) for length in schedule.lengths])
@@ -259,7 +266,7 @@ def train(folder: Path, runs: Path, minutes: float, batch_size: int) -> Path:
     vae = MultiScaleBSQModel.from_pretrained(runs / "bsq").eval()
     rows = data.indices(TRAIN)
     features, backgrounds = encode_views(vae, data, rows, runs / "bsq_views.pt")
-    tokenizer = train_text_tokenizer(all_captions(data))
+    tokenizer = text_tokenizer(data, runs / "text_tokenizer")
     evaluation, weights = Evaluation(vae, data, schedule, tokenizer), token_weights(schedule)
     model = TextToBits(tokenizer, vae.bits_per_token)
     start_weights(model.transformer)
