@@ -1,21 +1,26 @@
 """
-Time and memory of the cache at the shapes of the released VAR-d30: true width, fewer layers, random weights.
+Time and memory of the cache at the shapes of the released models: true width, fewer layers, random weights.
 
 Compares HACK at several budgets with the full cache and with the way of the original code (float32 keys, a concatenation
 a step, every scale stored). The measurements take turns, so that whatever else the machine does hits all of them:
 
     python benchmarks/cache_shapes.py --output results/cache_shapes
+    python benchmarks/cache_shapes.py --shapes infinity-2b-1024 --attention-only --output results/attention
     python benchmarks/cache_shapes.py --device cuda --dtypes bf16 fp16 --images 1 8 --layers 4 --output results/cuda
+
+It prints the table of docs/benchmarks.md; `cache_shapes.csv` has all columns.
 """
 
 import argparse
 import csv
 import platform
-import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from cache_meters import AttentionWatch, LiveBytes, Stopwatch, WatchedCache
 from torch import nn
 from tqdm import tqdm
 
@@ -24,36 +29,28 @@ from hack_pipelines.cache.budget import TokenBytes, budget_tokens
 from hack_pipelines.cache.cache import Cache, FullCache
 from hack_pipelines.cache.head_group import HeadGroupCache
 from hack_pipelines.methods import HACK, Geometry
+from hack_pipelines.models.infinity_schedules import template_schedule
+from hack_pipelines.models.transformer_infinity import InfinityCondition, InfinityTransformer2DModel
 from hack_pipelines.models.transformer_var import VARTransformer2DModel
+from hack_pipelines.schedule import Schedule
 
 
-# Sides of the token maps: VAR 256 px (d16 to d30) and VAR 512 px (d36).
-SCHEDULES = {"256": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), "512": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), "tiny": (1, 2, 3, 4)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLUMNS = {
-    "method": "method",
-    "protocol": "protocol",
-    "schedule": "schedule",
-    "dtype": "dtype",
-    "images": "images",
-    "B": "B",
-    "b_N": "b_N",
-    "b_c": "b_c",
-    "seconds_min": "s min",
-    "seconds_median": "s median",
-    "seconds_q1": "s q1",
-    "seconds_q3": "s q3",
-    "ratio_to_full": "time / full",
-    "ratio_of_minima": "min / full's",
-    "attention_seconds": "s in attend",
-    "attention_share": "attend share",
-    "peak_tokens": "peak tokens",
-    "bytes_allocated_peak": "bytes stored",
-    "bytes_share_of_original": "of original's",
-    "runs": "runs",
-    "layers": "layers",
-    "device": "device",
-    "torch": "torch",
+TEXT_TOKENS = 40
+# The columns of docs/benchmarks.md. Ratios are to the full cache in the same run.
+TABLE: dict[str, Callable[[dict], str]] = {
+    "px": lambda row: str(row["pixels"]),
+    "dtype": lambda row: row["dtype"],
+    "way": lambda row: f"HACK {row['budget']:g}" if row["budget"] else row["method"],
+    "tokens a head": lambda row: f"{row['peak_tokens']:.0f}",
+    "stored": lambda row: f"{row['bytes_share_of_original']:.1%}".replace("%", " %"),
+    "peak": lambda row: f"{row['peak_ratio']:.2f}",
+    "time (min)": lambda row: f"{row['ratio_of_minima']:.2f}",
+    "time (median)": lambda row: f"{row['ratio_to_full']:.2f}",
+    "cache": lambda row: f"{row['cache_ratio']:.2f}",
+    "attention": lambda row: f"{row['attention_ratio']:.2f}",
+    "FLOPs": lambda row: f"{row['flops_ratio']:.2f}",
+    "selection": lambda row: f"{row['selection_share']:.1%}".replace("%", " %") if row["budget"] else "",
 }
 
 
@@ -91,46 +88,123 @@ class HalfContextual:
         return (torch.arange(self.num_heads) % 2 == 0).expand(self.num_layers, -1)
 
 
-@dataclass
-class Stopwatch:
-    """Seconds between `start` and `stop`, summed; on CUDA from events, so that nothing waits in between."""
+@dataclass(frozen=True)
+class Setting:
+    """What does not follow from a shape."""
 
+    dtype: torch.dtype
+    images: int
+    layers: int
     device: torch.device
-    seconds: float = 0.0
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-
-    def start(self):
-        if self.device.type == "cuda":
-            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self.events[-1][0].record()
-        else:
-            self.seconds -= time.perf_counter()
-
-    def stop(self):
-        if self.device.type == "cuda":
-            self.events[-1][1].record()
-        else:
-            self.seconds += time.perf_counter()
-
-    def total(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return self.seconds + sum(start.elapsed_time(end) for start, end in self.events) / 1000
-        return self.seconds
 
 
-@dataclass
-class TimedCache:
-    """Hands everything to a cache and measures how long its attention takes."""
+Pass = Callable[[Cache], None]
+"""Runs all scales of some images against a cache that has been reset."""
 
-    cache: Cache
-    watch: Stopwatch
 
-    def attend(self, *arguments) -> torch.Tensor:
-        self.watch.start()
-        output = self.cache.attend(*arguments)
-        self.watch.stop()
-        return output
+@dataclass(frozen=True)
+class Shape:
+    """A released model at a resolution, and what makes a pass of it."""
+
+    model: str
+    pixels: int
+    schedule: Schedule
+    heads: int
+    head_dim: int
+    make_pass: Callable[["Shape", Setting], Pass]
+    budgets: tuple[float, ...] = (0.3, 0.1)
+
+
+def var_pass(shape: Shape, setting: Setting) -> Pass:
+    """VAR with random weights and latents, a class an image, guided."""
+    model = VARTransformer2DModel(
+        num_layers=setting.layers,
+        num_attention_heads=shape.heads,
+        attention_head_dim=shape.head_dim,
+        patch_nums=[height for height, _ in shape.schedule.sizes],
+    )
+    model = prepared(model, setting)
+    latents = random_latents(shape, setting, model.config.latent_channels)
+    labels = torch.arange(setting.images, device=setting.device) % model.config.num_classes
+    labels = torch.cat((labels, torch.full_like(labels, model.config.num_classes)))
+
+    def run(cache: Cache):
+        for step, scale in enumerate(latents):
+            model(scale if step else None, labels, step=step, kv_cache=cache, return_dict=False)
+
+    return run
+
+
+def infinity_pass(shape: Shape, setting: Setting) -> Pass:
+    """Infinity with random weights, latents and text, guided; the text is encoded once a pass, as in a call."""
+    narrow = shape.heads * shape.head_dim
+    model = InfinityTransformer2DModel(
+        num_layers=setting.layers,
+        num_attention_heads=shape.heads,
+        attention_head_dim=shape.head_dim,
+        ff_hidden_dim=4 * narrow,
+        num_pooling_heads=shape.heads,
+    )
+    model = prepared(model, setting)
+    latents = random_latents(shape, setting, model.config.bits_per_token)
+    texts = [torch.randn(TEXT_TOKENS, model.config.text_channels).to(setting.device) for _ in range(setting.images)]
+
+    def run(cache: Cache):
+        condition = InfinityCondition(texts)
+        for step, scale in enumerate(latents):
+            model(scale if step else None, condition, shape.schedule, step=step, kv_cache=cache, return_dict=False)
+
+    return run
+
+
+def attention_pass(shape: Shape, setting: Setting) -> Pass:
+    """The cache alone: what the layers of either model hand over, without the model. All layers get the same."""
+    steps = []
+    for length in shape.schedule.lengths:
+        projected = torch.randn(2 * setting.images, length, 3, shape.heads, shape.head_dim).to(setting.device)
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = 4 * F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        steps.append([part.to(setting.dtype) for part in (query, key, value)])
+
+    def run(cache: Cache):
+        for parts in steps:
+            for layer in range(setting.layers):
+                cache.attend(layer, *parts)
+
+    return run
+
+
+def prepared(model: nn.Module, setting: Setting) -> nn.Module:
+    """The model on its device; its linear layers have the dtype, as after `from_pretrained(..., dtype=...)`."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not any(part in model._keep_in_fp32_modules for part in name.split(".")):
+            module.to(setting.dtype)
+    return model.eval().to(setting.device)
+
+
+def random_latents(shape: Shape, setting: Setting, channels: int) -> list[torch.Tensor]:
+    """Resized latents of every scale."""
+    return [torch.randn(setting.images, length, channels).to(setting.device) for length in shape.schedule.lengths]
+
+
+def var_shape(pixels: int, sides: tuple[int, ...]) -> Shape:
+    return Shape("VAR-d30", pixels, Schedule.from_sides(sides), 30, 64, var_pass, (0.5, 0.3, 0.1))
+
+
+def infinity_shape(pixels: int, pixel_class: str) -> Shape:
+    return Shape("Infinity-2B", pixels, template_schedule(1.0, pixel_class), 16, 128, infinity_pass)
+
+
+TINY = Schedule.from_sides((1, 2, 3, 4))
+SHAPES = {
+    "var-d30-256": var_shape(256, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
+    "var-d30-512": var_shape(512, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)),
+    "infinity-2b-256": infinity_shape(256, "0.06M"),
+    "infinity-2b-512": infinity_shape(512, "0.25M"),
+    "infinity-2b-1024": infinity_shape(1024, "1M"),
+    "var-tiny": Shape("VAR", 64, TINY, 4, 16, var_pass, (0.5, 0.3)),
+    "infinity-tiny": Shape("Infinity", 64, TINY, 2, 16, infinity_pass, (0.5, 0.3)),
+}
 
 
 @dataclass
@@ -139,121 +213,118 @@ class Candidate:
 
     method: str
     protocol: str
+    budget: float | None
     tokens: int
     cache: Cache
+    bytes: LiveBytes = field(default_factory=LiveBytes)
     seconds: list[float] = field(default_factory=list)
+    cache_seconds: list[float] = field(default_factory=list)
     attention_seconds: list[float] = field(default_factory=list)
 
 
-def make_model(arguments: argparse.Namespace, schedule: str, dtype: torch.dtype) -> VARTransformer2DModel:
-    """A transformer of random weights; its linear layers have the dtype, as after `from_pretrained(..., dtype=...)`."""
-    torch.manual_seed(0)
-    model = VARTransformer2DModel(
-        num_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        attention_head_dim=arguments.head_dim,
-        patch_nums=SCHEDULES[schedule],
-        vocab_size=arguments.vocab_size,
-    )
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
-    return model.eval().to(arguments.device)
-
-
-def make_candidates(model: VARTransformer2DModel, budgets: list[float], itemsize: int) -> list[Candidate]:
+def make_candidates(shape: Shape, setting: Setting) -> list[Candidate]:
     """The original's cache, the full one, and HACK at every budget."""
-    config = model.config
-    geometry = Geometry(model.schedule, config.num_layers, config.num_attention_heads, config.attention_head_dim)
+    geometry = Geometry(shape.schedule, setting.layers, shape.heads, shape.head_dim)
     profile = HalfContextual(geometry.num_layers, geometry.num_heads)
-    common = (model.schedule, geometry.num_layers, True)
+    common = (shape.schedule, geometry.num_layers, True)
     candidates = [
-        Candidate("original", "post", model.schedule.total, OriginalCache(*common)),
-        Candidate("full", "post", model.schedule.cacheable, FullCache(*common)),
+        Candidate("original", "post", None, shape.schedule.total, OriginalCache(*common)),
+        Candidate("full", "post", None, shape.schedule.cacheable, FullCache(*common)),
     ]
     method = HACK()
-    for budget in budgets:
-        tokens = budget_tokens(budget, geometry, TokenBytes(2, itemsize))
+    for budget in shape.budgets:
+        tokens = budget_tokens(budget, geometry, TokenBytes(2, setting.dtype.itemsize))
         cache = HeadGroupCache(method.plan(geometry, tokens, profile), method, guided=True)
-        candidates.append(Candidate(method.name, method.protocol, tokens, cache))
+        candidates.append(Candidate(method.name, method.protocol, budget, tokens, cache))
     return candidates
 
 
-@torch.inference_mode()
-def measure(candidate: Candidate, model: VARTransformer2DModel, inputs: list[torch.Tensor], labels: torch.Tensor):
-    """One pass of the transformer over all scales; its time is added to the candidate's."""
+def warm_up(candidate: Candidate, run: Pass, device: torch.device):
+    """A pass whose allocations are counted and whose time is not."""
     candidate.cache.reset()
-    whole, inside = Stopwatch(labels.device), Stopwatch(labels.device)
-    cache = TimedCache(candidate.cache, inside)
+    run(WatchedCache(candidate.cache, Stopwatch(device), candidate.bytes))
+
+
+def measure(candidate: Candidate, run: Pass, device: torch.device):
+    """A pass; its times are added to the candidate's."""
+    candidate.cache.reset()
+    whole, inside, calls = (Stopwatch(device) for _ in range(3))
+    cache = WatchedCache(candidate.cache, inside, AttentionWatch(calls))
     whole.start()
-    for step, scale_input in enumerate(inputs):
-        model(scale_input if step else None, labels, step=step, kv_cache=cache, return_dict=False)
+    run(cache)
     whole.stop()
     candidate.seconds.append(whole.total())
-    candidate.attention_seconds.append(inside.total())
+    candidate.cache_seconds.append(inside.total())
+    candidate.attention_seconds.append(calls.total())
 
 
-def run(arguments: argparse.Namespace, schedule: str, dtype: str, images: int, bar: tqdm) -> list[dict]:
-    """All candidates at one shape: a warm-up each, then `repeats` rounds in which they take turns."""
-    model = make_model(arguments, schedule, DTYPES[dtype])
-    generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(images, length, model.config.latent_channels, generator=generator).to(arguments.device)
-        for length in model.schedule.lengths
-    ]
-    labels = torch.arange(images, device=arguments.device) % model.config.num_classes
-    labels = torch.cat((labels, torch.full_like(labels, model.config.num_classes)))
-    candidates = make_candidates(model, arguments.budgets, DTYPES[dtype].itemsize)
-    for round_index in range(arguments.repeats + 1):
+@torch.inference_mode()
+def measure_all(shape: Shape, setting: Setting, repeats: int, bar: tqdm) -> list[Candidate]:
+    """All candidates at one shape: a warm-up each, then rounds in which they take turns."""
+    torch.manual_seed(0)
+    run = shape.make_pass(shape, setting)
+    candidates = make_candidates(shape, setting)
+    for round_index in range(repeats + 1):
         # Every other round runs backwards, so that nobody always follows the same neighbour.
         for candidate in candidates if round_index % 2 else reversed(candidates):
-            measure(candidate, model, inputs, labels)
+            (measure if round_index else warm_up)(candidate, run, setting.device)
             bar.update()
-        if round_index == 0:
-            for candidate in candidates:
-                candidate.seconds.clear()
-                candidate.attention_seconds.clear()
-    shape = {
-        "schedule": schedule,
-        "dtype": dtype,
-        "images": images,
-        "layers": arguments.layers,
-        "device": device_name(arguments.device),
-        "torch": torch.__version__,
-    }
-    full = next(candidate for candidate in candidates if candidate.method == "full")
-    original = next(candidate for candidate in candidates if candidate.method == "original")
-    bytes_original = original.cache.report().bytes_full
-    return [{**shape, **summary(candidate, full, bytes_original)} for candidate in candidates]
+    return candidates
 
 
-def summary(candidate: Candidate, full: Candidate, bytes_original: int) -> dict:
-    """A row of the table. The ratio to the full cache is the median over rounds, each round against its own."""
-    seconds, inside = torch.tensor(candidate.seconds), torch.tensor(candidate.attention_seconds)
-    reference = torch.tensor(full.seconds)
+def summary(candidate: Candidate, full: Candidate, shape: Shape, images: int) -> dict:
+    """
+    The part of a row that is measured. Times are minima of the runs unless they say otherwise; `ratio_to_full` is the
+    median over rounds, each round against its own. Selection is all that the cache does beside its attention calls.
+    """
+    seconds = torch.tensor(candidate.seconds)
+    cache, calls = torch.tensor(candidate.cache_seconds), torch.tensor(candidate.attention_seconds)
     quartiles = seconds.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    report, schedule = candidate.cache.report(), candidate.cache.schedule
-    # The meter looks at boundaries between steps; the original also holds the last scale after its last step.
-    stored = bytes_original if candidate.method == "original" else report.bytes_allocated_peak
+    report, full_report = candidate.cache.report(), full.cache.report()
+    selection = (cache - calls).min().item()
     return {
-        "method": candidate.method,
-        "protocol": candidate.protocol,
-        "B": candidate.tokens,
-        "b_N": round(candidate.tokens / schedule.total, 4),
-        "b_c": round(candidate.tokens / schedule.cacheable, 4),
         "seconds_min": round(seconds.min().item(), 4),
         "seconds_median": round(quartiles[1], 4),
         "seconds_q1": round(quartiles[0], 4),
         "seconds_q3": round(quartiles[2], 4),
-        "ratio_to_full": round((seconds / reference).median().item(), 3),
-        "ratio_of_minima": round((seconds.min() / reference.min()).item(), 3),
-        "attention_seconds": round(inside.median().item(), 4),
-        "attention_share": round((inside / seconds).median().item(), 3),
+        "ratio_to_full": round((seconds / torch.tensor(full.seconds)).median().item(), 3),
+        "ratio_of_minima": round(seconds.min().item() / min(full.seconds), 3),
+        "cache_seconds": round(cache.min().item(), 4),
+        "cache_ratio": round(cache.min().item() / min(full.cache_seconds), 3),
+        "attention_seconds": round(calls.min().item(), 4),
+        "attention_ratio": round(calls.min().item() / min(full.attention_seconds), 3),
+        "selection_seconds": round(selection, 4),
+        "selection_share": round(selection / min(full.seconds), 4),
+        "attention_flops": report.attention_flops,
+        "flops_ratio": round(report.attention_flops / full_report.attention_flops, 3),
         "peak_tokens": round(report.peak_tokens, 1),
-        "bytes_allocated_peak": stored,
-        "bytes_share_of_original": round(stored / bytes_original, 3),
+        "bytes_allocated_peak": report.bytes_allocated_peak,
+        "bytes_share_of_original": round(report.bytes_allocated_peak / report.bytes_full, 3),
+        "bytes_peak": candidate.bytes.peak // images,
+        "bytes_temporary": candidate.bytes.temporary // images,
+        "peak_ratio": round(candidate.bytes.peak / full.bytes.peak, 3),
         "runs": len(candidate.seconds),
     }
+
+
+def rows_of(candidates: list[Candidate], shape: Shape, shown: dict) -> list[dict]:
+    """A row a candidate; `shown` says how it was run."""
+    full = next(candidate for candidate in candidates if candidate.method == "full")
+    return [
+        {
+            "model": shape.model,
+            "pixels": shape.pixels,
+            **shown,
+            "method": candidate.method,
+            "protocol": candidate.protocol,
+            "budget": candidate.budget,
+            "B": candidate.tokens,
+            "b_N": round(candidate.tokens / shape.schedule.total, 4),
+            "b_c": round(candidate.tokens / shape.schedule.cacheable, 4),
+            **summary(candidate, full, shape, shown["images"]),
+        }
+        for candidate in candidates
+    ]
 
 
 def device_name(device: torch.device) -> str:
@@ -264,20 +335,16 @@ def device_name(device: torch.device) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = [" | ".join(COLUMNS.values()), " | ".join("---" for _ in COLUMNS)]
-    lines += [
-        " | ".join(f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in COLUMNS)
-        for row in rows
-    ]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+    """The rows as the table of docs/benchmarks.md."""
+    lines = [TABLE, ["---"] * len(TABLE), *([cell(row) for cell in TABLE.values()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write(rows: list[dict], output: Path):
     """`cache_shapes.csv` and `cache_shapes.md` in a folder."""
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "cache_shapes.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     (output / "cache_shapes.md").write_text(markdown(rows))
@@ -287,39 +354,44 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the CSV and Markdown tables")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
-    parser.add_argument("--schedules", nargs="+", default=["256", "512"], choices=SCHEDULES)
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
+    parser.add_argument("--shapes", nargs="+", default=["var-d30-256", "var-d30-512"], choices=SHAPES)
     parser.add_argument("--images", nargs="+", type=int, default=[1], help="images a batch; guidance doubles the rows")
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.3, 0.1])
     parser.add_argument("--repeats", type=int, default=7, help="rounds after the warm-up")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=30)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--attention-only", action="store_true", help="the cache alone, without the models around it")
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny shapes, whatever else is asked for")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.schedules, arguments.dtypes, arguments.images = ["tiny"], ["fp32"], [1]
-        arguments.layers, arguments.heads, arguments.head_dim, arguments.vocab_size = 2, 4, 16, 32
-        arguments.repeats, arguments.budgets = 2, [0.5, 0.3]
+        arguments.shapes, arguments.dtypes, arguments.images = ["var-tiny", "infinity-tiny"], ["fp32"], [1]
+        arguments.layers, arguments.repeats = 2, 2
     return arguments
 
 
 def main():
     arguments = parse_arguments()
-    shapes = [
-        (schedule, dtype, images)
-        for schedule in arguments.schedules
-        for dtype in arguments.dtypes
-        for images in arguments.images
-    ]
+    shapes = [SHAPES[name] for name in arguments.shapes]
+    if arguments.attention_only:
+        shapes = [replace(shape, make_pass=attention_pass) for shape in shapes]
+    runs = [(shape, dtype, images) for shape in shapes for dtype in arguments.dtypes for images in arguments.images]
+    passes = sum(len(shape.budgets) + 2 for shape, _, _ in runs) * (arguments.repeats + 1)
     rows: list[dict] = []
-    with tqdm(total=len(shapes) * (arguments.repeats + 1) * (len(arguments.budgets) + 2), unit="pass") as bar:
-        for shape in shapes:
-            bar.set_description(" ".join(map(str, shape)))
-            rows += run(arguments, *shape, bar)
+    with tqdm(total=passes, unit="pass", smoothing=0) as bar:
+        for shape, dtype, images in runs:
+            bar.set_description(f"{shape.model} {shape.pixels} {dtype}, {images} images")
+            setting = Setting(DTYPES[dtype], images, arguments.layers, arguments.device)
+            candidates = measure_all(shape, setting, arguments.repeats, bar)
+            shown = {
+                "measured": "cache" if arguments.attention_only else "model",
+                "layers": arguments.layers,
+                "dtype": dtype,
+                "images": images,
+                "device": device_name(arguments.device),
+                "torch": torch.__version__,
+            }
+            rows += rows_of(candidates, shape, shown)
             write(rows, arguments.output)
-    print(markdown(rows))
+    print(markdown(rows), end="")
 
 
 if __name__ == "__main__":

@@ -107,15 +107,28 @@ def test_shapes_benchmark_runs(tmp_path):
     run("cache_shapes.py", "--quick", "--output", str(tmp_path))
     with open(tmp_path / "cache_shapes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["method"], row["B"]) for row in rows] == [
-        ("original", "30"),
-        ("full", "14"),
-        ("hack", "15"),
-        ("hack", "9"),
+    ways = [("original", "30"), ("full", "14"), ("hack", "15"), ("hack", "9")]
+    assert [(row["model"], row["method"], row["B"]) for row in rows] == [
+        (model, *way) for model in ("VAR", "Infinity") for way in ways
     ]
-    stored = [int(row["bytes_allocated_peak"]) for row in rows]
-    assert stored == sorted(stored, reverse=True) and stored[0] == 30 * 2 * 2 * 4 * 16 * 8
-    assert (tmp_path / "cache_shapes.md").read_text().count("\n") == 6
+    for model, heads in (("VAR", 4), ("Infinity", 2)):
+        own = [row for row in rows if row["model"] == model]
+        stored = [int(row["bytes_allocated_peak"]) for row in own]
+        assert stored == sorted(stored, reverse=True) and stored[0] == 30 * 2 * 2 * heads * 16 * 8
+        # The full cache ends with one layer's history, the other's with the last scale joined to it, and an output. A
+        # kernel may add the logarithms of its sums.
+        full = 2 * heads * 16 * 4 * (2 * 14 + 2 * 30 + 16)
+        assert full <= int(own[1]["bytes_peak"]) <= 1.02 * full
+    table = (tmp_path / "cache_shapes.md").read_text().splitlines()
+    assert len(table) == 10 and table[4].startswith("| 64 | fp32 | HACK 0.5 | 10 | 31.7 % |")
+
+
+def test_shapes_benchmark_of_attention_alone(tmp_path):
+    run("cache_shapes.py", "--quick", "--attention-only", "--output", str(tmp_path))
+    with open(tmp_path / "cache_shapes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 and {row["measured"] for row in rows} == {"cache"}
+    assert all(float(row["seconds_min"]) >= float(row["cache_seconds"]) for row in rows)
 
 
 def test_quality_benchmark_runs_and_resumes(tmp_path):

@@ -7,9 +7,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hack_pipelines.methods import HACK, METHODS, Geometry, LayerPlan, Plan, Random, ScaleWindow, StepView, get_method
-from hack_pipelines.methods.hack import CONTEXTUAL, STRUCTURAL, merge_by_cosine, summed_at
+from hack_pipelines.cache.head_group import kept_of
+from hack_pipelines.methods import (
+    HACK,
+    METHODS,
+    Geometry,
+    LayerPlan,
+    Plan,
+    Random,
+    ScaleWindow,
+    StepView,
+    base,
+    get_method,
+)
+from hack_pipelines.methods import hack as hack_method
+from hack_pipelines.methods.hack import CONTEXTUAL, STRUCTURAL, add_by_target, merge_by_cosine
 from hack_pipelines.methods.scale_window import even_subsample, kept_ids
 from hack_pipelines.methods.selection import lattice_positions, linspace_positions, observed_positions, top
 from hack_pipelines.schedule import Schedule
@@ -328,7 +342,50 @@ def test_sums_by_target_are_those_of_a_product():
     target, weights = torch.randint(0, 5, (2, 3, 40)), torch.rand(2, 3, 40)
     values = torch.randn(2, 3, 40, 8)
     assignment = torch.nn.functional.one_hot(target, 5).transpose(-1, -2) * weights.unsqueeze(2)
-    torch.testing.assert_close(summed_at(target, weights, values, 5), assignment @ values)
+    sums = torch.ones(2, 3, 5, 8)
+    add_by_target([sums], target, weights, [values])
+    torch.testing.assert_close(sums, 1 + assignment @ values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [0, 170])
+def test_chunks_change_no_bit(monkeypatch, dtype, stored):
+    schedule = Schedule.from_sides((1, 2, 20))
+    whole = view_of(schedule, 2, stored, label=CONTEXTUAL, dim=16)
+    parts = {name: getattr(whole, name).to(dtype) for name in ("query", "key", "value", "stored_key", "stored_value")}
+    view = view_of(schedule, 2, stored, label=CONTEXTUAL, **parts)
+    kept = top(torch.rand(2, 2, view.num_present), 60)
+    own = kept_of(view, kept, None)
+    scores, merged = HACK().rank(view)[0], merge_by_cosine(view, kept, *own)
+    for tokens in (150, 64, 37):
+        monkeypatch.setattr(hack_method, "MERGE_CHUNK", 2 * 60 * tokens)
+        monkeypatch.setattr(base, "SCORED_KEYS", tokens)
+        assert torch.equal(HACK().rank(view)[0], scores)
+        assert all(torch.equal(*pair) for pair in zip(merge_by_cosine(view, kept, *own), merged))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any tensor has."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def test_a_merge_never_holds_all_cosines(monkeypatch):
+    monkeypatch.setattr(hack_method, "MERGE_CHUNK", 2**14)
+    view = view_of(Schedule.from_sides((1, 2, 40)), 2, 1000, label=CONTEXTUAL)
+    kept = top(torch.rand(2, 2, view.num_present), 200)
+    own = kept_of(view, kept, None)
+    with LargestTensor() as watch:
+        merge_by_cosine(view, kept, *own)
+    # A chunk of cosines in each of two rows, or what is there anyway: all present keys.
+    assert watch.largest <= max(2 * 2**14, view.key.numel())
 
 
 def test_merge_of_one_equal_and_of_orthogonal_tokens():

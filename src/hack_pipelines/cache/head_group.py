@@ -65,8 +65,12 @@ class HeadGroupCache(Cache):
         else:
             output = torch.empty_like(query)
             for group, attend, store in lengths:
-                part = self._attend_group(layer_idx, step, group, (query, key, value), scale, attend, store)
-                output.index_copy_(1, group.index, part)
+                # A name for what is copied would keep it alive through the next group's attention.
+                output.index_copy_(
+                    1,
+                    group.index,
+                    self._attend_group(layer_idx, step, group, (query, key, value), scale, attend, store),
+                )
         if step == len(self.schedule) - 1:
             self.groups[layer_idx] = []
         if layer_idx == self.num_layers - 1:
