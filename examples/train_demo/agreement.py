@@ -1,8 +1,7 @@
 """Measures how well pictures of the text-to-image demo model agree with their prompts.
 
-A small network, the judge, learns to name what the data's pictures show: concept, class, style and background. It sees
-training pictures alone, as they are and after trips through the image tokenizer with some bits wrong, because that is what
-drawn pictures look like. Held-out pictures tell how far it can be trusted; then it looks at what the model draws.
+The judge (`judge.py`) names what a picture shows. Held-out pictures of the data set, which it was not trained on, tell how far
+it can be trusted; then it looks at what the model draws for trained and for held-out combinations and for everyday prompts.
 
 Run `python agreement.py --model FOLDER --output agreement`; the judge is trained first where `judge.pt` is missing.
 """
@@ -15,9 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-import torch.nn.functional as F
-from captions import caption, clean, held_out_backgrounds, training_backgrounds
-from common import Clock, learning_rate_factor
+from captions import caption, clean, held_out_backgrounds
 from data import (
     BACKGROUNDS,
     HELD_OUT_CONCEPT,
@@ -25,30 +22,19 @@ from data import (
     STYLES,
     TRAIN,
     EmojiData,
-    augmented_view,
     colours,
     load_data,
     plain_view,
 )
+from judge import Judge, load_judge, to_bytes
 from PIL import Image
-from torch import nn
-from tqdm import tqdm
-from train_bsq_tokenizer import PLAIN_SHARE
-from train_infinity import encode_views
 from train_tokenizer import PATCH_NUMS, SIDE
 
-from hack_pipelines import HackVARPipeline, HackVARTextPipeline, MultiScaleBSQModel
+from hack_pipelines import HackVARPipeline, HackVARTextPipeline, MultiScaleBSQModel, __version__
 from hack_pipelines.cli.sheet import Sheet
 from hack_pipelines.schedule import Schedule
 
 
-WIDTHS = (32, 64, 128, 256)
-EMBEDDING, SHARPNESS = 192, 16.0
-SMOOTHING = 0.1
-LEARNING_RATE, WARMUP_STEPS, DECAY_START = 3e-3, 100, 0.1
-FLIP_RATE = 0.2
-RAW_SHARE = 0.3
-SCALES, SHIFT, GAIN, NOISE = (0.85, 1.1), 0.1, 0.1, 0.04
 MEASURES = (
     ("class", 1), ("class", 5), ("concept", 1), ("concept", 5), ("concept", 10), ("style", 1), ("background", 1)
 )  # fmt: skip
@@ -58,11 +44,17 @@ SPLITS = (
     (HELD_OUT_CONCEPT, 1, "held-out concepts"),
 )
 BATCH_SIZE = 20
-EVERYDAY_DEPTHS = (1, 5, 10)
+EVERYDAY_DEPTHS = (1, 10)
 SHEET_COLUMNS = 8
+FULL = "full cache"
 NOTE = (
     "Percent of pictures that show what was asked for ± standard error, and in brackets the percent that show what another "
     "prompt of the same group asked for, which is chance."
+)
+EVERYDAY_NOTE = (
+    "Percent of pictures that the judge finds nearest to their prompt among the prompts of this table, or with a right label "
+    "among its first of all concepts; in brackets that of the other prompts' pictures, and that of training pictures with these "
+    "labels after a trip through the tokenizer."
 )
 SMILES = {
     "smiling face", "smiling face with smiling eyes", "slightly smiling face", "grinning face", "smiling face with halo",
@@ -93,154 +85,6 @@ EVERYDAY = {
     "a robot": {"robot"},
     "a woman": {"woman", "woman blond hair", "woman red hair", "woman curly hair", "woman white hair", "person"},
 }
-
-
-def convolution(channels: int, width: int, stride: int) -> nn.Sequential:
-    layers = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-    return nn.Sequential(*layers)
-
-
-class Residual(nn.Module):
-    """A convolution beside the identity."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.convolution = convolution(width, width, 1)
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return maps + self.convolution(maps)
-
-
-class Judge(nn.Module):
-    """Names what pictures `[B, 3, 64, 64]` in [-1, 1] show.
-
-    Logits of concepts are cosines between the picture's embedding and one vector a concept: retrieval of the nearest caption.
-    """
-
-    def __init__(self, classes: int, concepts: list[str]):
-        super().__init__()
-        self.concepts = concepts
-        self.places = {concept: place for place, concept in enumerate(concepts)}
-        stages = [(convolution(a, b, 2), Residual(b)) for a, b in zip((3, *WIDTHS), WIDTHS)]
-        self.trunk = nn.Sequential(*[layer for stage in stages for layer in stage])
-        answers = {"class": classes, "style": len(STYLES), "background": len(BACKGROUNDS)}
-        self.heads = nn.ModuleDict({name: nn.Linear(WIDTHS[-1], count) for name, count in answers.items()})
-        self.embed = nn.Linear(WIDTHS[-1], EMBEDDING)
-        self.captions = nn.Parameter(torch.randn(len(concepts), EMBEDDING))
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        features = self.trunk(images.contiguous(memory_format=torch.channels_last)).mean((2, 3))
-        logits = {name: head(features) for name, head in self.heads.items()}
-        cosines = F.normalize(self.embed(features), dim=1) @ F.normalize(self.captions, dim=1).T
-        return {**logits, "concept": SHARPNESS * cosines}
-
-    @torch.no_grad()
-    def answers(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Positions of all answers, the most likely one first."""
-        parts = [self(part) for part in images.split(64)]
-        return {name: torch.cat([part[name] for part in parts]).argsort(1, descending=True) for name in parts[0]}
-
-
-@torch.no_grad()
-def drawn_views(vae: MultiScaleBSQModel, features: torch.Tensor) -> torch.Tensor:
-    """Features `[N, channels, height, width]` as the decoder draws them, uint8, each with its own share of wrong bits."""
-    schedule, drawn = Schedule.from_sides(PATCH_NUMS), []
-    for part in tqdm(features.split(64), desc="drawn views"):
-        part, rate = part.float(), FLIP_RATE * torch.rand(part.shape[0], 1, 1)
-        latents = torch.zeros_like(part)
-        for step in range(len(schedule)):
-            bits = vae.pack(vae.residual_maps(part - latents, step, schedule) > 0)
-            latents, _ = vae.accumulate(latents, bits ^ (torch.rand(bits.shape) < rate), step, schedule)
-        with torch.autocast("cpu", torch.bfloat16):
-            drawn.append(to_bytes(vae.decode(latents).float()))
-    return torch.cat(drawn)
-
-
-def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    return ((images + 1) * 127.5).round().to(torch.uint8)
-
-
-def raw_views(data: EmojiData, rows: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
-    """The training's views of pictures as they are, uint8."""
-    views = []
-    for part, background in zip(tqdm(rows.split(32), desc="raw views"), backgrounds.split(32)):
-        images, mirrored = data.images[part], data.mirrored[part]
-        views.append(to_bytes(augmented_view(images, mirrored, SIDE, torch.default_generator, colours(background))))
-    return torch.cat(views)
-
-
-def judge_views(data: EmojiData, runs: Path, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views `[V, 3, S, S]` in uint8 that the judge learns from, the pictures that they show, and their backgrounds."""
-    vae = MultiScaleBSQModel.from_pretrained(runs / "bsq").eval()
-    features, backgrounds = encode_views(vae, data, rows, runs / "bsq_views.pt")
-    pictures = rows.repeat(len(features))
-    labels = [clean(data.captions[row]) for row in pictures[: int(RAW_SHARE * len(pictures))].tolist()]
-    other = training_backgrounds(labels, PLAIN_SHARE)
-    shown = torch.cat([drawn_views(vae, features.flatten(0, 1)), raw_views(data, pictures[: len(labels)], other)])
-    return shown, torch.cat([pictures, pictures[: len(labels)]]), torch.cat([backgrounds.flatten(), other])
-
-
-def distort(views: torch.Tensor) -> torch.Tensor:
-    """Other places, sizes, tints, focus and grain, different ones for every picture; float in [-1, 1]."""
-    count = len(views)
-    images = views.float() / 127.5 - 1
-    zoom = torch.empty(count).uniform_(*SCALES).reciprocal()
-    grid = torch.zeros(count, 2, 3)
-    grid[:, 0, 0], grid[:, 1, 1] = zoom, zoom * torch.empty(count).uniform_(0.95, 1.05)
-    grid[:, :, 2] = torch.empty(count, 2).uniform_(-SHIFT, SHIFT)
-    places = F.affine_grid(grid, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, places, padding_mode="border", align_corners=False)
-    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    images = torch.lerp(images, blurred, torch.rand(count, 1, 1, 1).square())
-    images = images * torch.empty(count, 3, 1, 1).uniform_(1 - GAIN, 1 + GAIN)
-    images = images + torch.empty(count, 1, 1, 1).uniform_(-GAIN, GAIN)
-    return (images + torch.rand(count, 1, 1, 1) * NOISE * torch.randn(images.shape)).clamp(-1, 1)
-
-
-def train_judge(data: EmojiData, runs: Path, minutes: float, batch_size: int = 128) -> Judge:
-    """Trains the judge on training pictures alone, and keeps it in `judge.pt`."""
-    torch.manual_seed(0)
-    rows = data.indices(TRAIN)
-    names = [clean(label) for label in data.captions]
-    judge = Judge(len(data.class_names), sorted({names[row] for row in rows.tolist()}))
-    concepts = torch.tensor([judge.places.get(name, -1) for name in names])
-    styles = torch.tensor([STYLES.index(style) for style in data.styles])
-    views, pictures, backgrounds = judge_views(data, runs, rows)
-    judge.train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    forward, clock, step, progress = torch.compile(judge), Clock(minutes), 0, tqdm(mininterval=10, desc="judge")
-    while clock.progress < 1:
-        picked = torch.randint(len(views), (batch_size,))
-        shown = pictures[picked]
-        right = {
-            "concept": concepts[shown], "class": data.class_ids[shown], "style": styles[shown],
-            "background": backgrounds[picked],
-        }  # fmt: skip
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(distort(views[picked]))
-        losses = {n: F.cross_entropy(logits[n].float(), right[n], label_smoothing=SMOOTHING) for n in right}
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * learning_rate_factor(step, clock.progress, WARMUP_STEPS, DECAY_START)
-        optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        optimizer.step()
-        step += 1
-        progress.update()
-        if step % 200 == 0:
-            shares = {n: float((logits[n].argmax(1) == right[n]).float().mean()) for n in right}
-            tqdm.write(f"step {step}: " + ", ".join(f"{n} {float(losses[n]):.3f} {shares[n]:.2f}" for n in right))
-    torch.save({"weights": judge.state_dict(), "concepts": judge.concepts, "steps": step}, runs / "judge.pt")
-    return judge.eval()
-
-
-def load_judge(data: EmojiData, runs: Path, minutes: float) -> Judge:
-    """The judge of `judge.pt`, which is trained where it is missing."""
-    if not (runs / "judge.pt").exists():
-        return train_judge(data, runs, minutes)
-    state = torch.load(runs / "judge.pt", weights_only=True)
-    judge = Judge(len(data.class_names), state["concepts"])
-    judge.load_state_dict(state["weights"])
-    return judge.eval()
 
 
 def targets(data: EmojiData, judge: Judge, rows: Sequence[int], backgrounds: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -338,13 +182,16 @@ def prompts(data: EmojiData, runs: Path, count: int, seed: int) -> dict[str, lis
     }
 
 
-def draw(pipe: HackVARTextPipeline, texts: Sequence[str], seed: int, **options) -> torch.Tensor:
-    """One picture a prompt, in [-1, 1]; the noise of each depends on its place in the list alone."""
+def draw(
+    pipe: HackVARTextPipeline, texts: Sequence[str], seed: int, period: int | None = None, **options
+) -> torch.Tensor:
+    """One picture a prompt, in [-1, 1]; the noise depends on its place in the list alone, and comes again every `period`."""
+    seeds = [seed + number % (period or len(texts)) for number in range(len(texts))]
     images = []
     for start in range(0, len(texts), BATCH_SIZE):
-        part = list(texts[start : start + BATCH_SIZE])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        images.append(pipe(part, generator=generators, output_type="pt", **options).images * 2 - 1)
+        place = slice(start, start + BATCH_SIZE)
+        generators = [torch.Generator().manual_seed(number) for number in seeds[place]]
+        images.append(pipe(list(texts[place]), generator=generators, output_type="pt", **options).images * 2 - 1)
     return torch.cat(images)
 
 
@@ -360,22 +207,44 @@ def measure(
     return found
 
 
+def everyday_hits(judge: Judge, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Whether picture i shows what everyday prompt j asks for, `[N, prompts]` of each measure.
+
+    `nearest` asks which of these prompts the judge finds nearest, `top-k` whether a right label is among its first k of all.
+    """
+    ranks = judge.answers(images)["concept"].argsort(1)
+    labels = [torch.tensor([judge.places[label] for label in sorted(accepted)]) for accepted in EVERYDAY.values()]
+    best = torch.stack([ranks[:, accepted].amin(1) for accepted in labels], dim=1)
+    tops = {f"top-{depth}": (best < depth).float() for depth in EVERYDAY_DEPTHS}
+    return {"nearest": (best == best.amin(1, keepdim=True)).float(), **tops}
+
+
 def measure_everyday(
-    pipe: HackVARTextPipeline, judge: Judge, path: Path, seeds: int, seed: int = 0, **options
+    pipe: HackVARTextPipeline, data: EmojiData, judge: Judge, path: Path, seeds: int, seed: int = 0, **options
 ) -> dict[str, dict]:
-    """Share of pictures of everyday prompts with a right label among the judge's first; writes a sheet of the first seeds."""
-    result, rows = {}, []
-    for text, labels in EVERYDAY.items():
-        images = draw(pipe, [text] * seeds, seed, **options)
-        accepted = torch.tensor([judge.places[label] for label in sorted(labels)])
-        right = torch.isin(judge.answers(images)["concept"], accepted).float()
+    """How many pictures of everyday prompts show what they should; writes a sheet of the first seeds.
+
+    Beside it stands how many pictures of the other prompts would pass, which is chance, and how many training pictures with the
+    right labels do after a trip through the tokenizer, which is the most that the judge would see.
+    """
+    count = len(EVERYDAY)
+    images = draw(pipe, [text for text in EVERYDAY for _ in range(seeds)], seed, seeds, **options)
+    shares = {name: found.view(count, seeds, count).mean(1) for name, found in everyday_hits(judge, images).items()}
+    result = {}
+    for number, (text, labels) in enumerate(EVERYDAY.items()):
+        rows = [row for row in data.indices(TRAIN).tolist() if clean(data.captions[row]) in labels]
+        with torch.no_grad():
+            known = everyday_hits(judge, pipe.vae(plain_view(data.images[rows], SIDE), pipe.schedule))
         result[text] = {"accepted": sorted(labels), "pictures": seeds}
-        for depth in EVERYDAY_DEPTHS:
-            share = float(right[:, :depth].amax(1).mean())
-            result[text][f"top-{depth}"] = share
-        pixels = to_bytes(images[:SHEET_COLUMNS].clamp(-1, 1)).permute(0, 2, 3, 1).numpy()
-        rows.append([Image.fromarray(picture) for picture in pixels])
-    Sheet(rows, left=list(EVERYDAY)).draw().save(path)
+        for name, share in shares.items():
+            result[text][name] = {
+                "share": float(share[number, number]),
+                "chance": float(share[:, number].sum() - share[number, number]) / (count - 1),
+                "ceiling": float(known[name][:, number].mean()),
+            }
+    pixels = to_bytes(images.clamp(-1, 1)).permute(0, 2, 3, 1).numpy().reshape(count, seeds, SIDE, SIDE, 3)
+    pictures = [[Image.fromarray(picture) for picture in row] for row in pixels[:, :SHEET_COLUMNS]]
+    Sheet(pictures, left=list(EVERYDAY)).draw().save(path)
     return result
 
 
@@ -401,20 +270,48 @@ def table(title: str, groups: dict[str, dict], signed: bool = False) -> str:
 
 def everyday_table(title: str, results: dict[str, dict]) -> str:
     """A Markdown table with a row a prompt, and the mean with its standard error over prompts."""
-    depths = [f"top-{depth}" for depth in EVERYDAY_DEPTHS]
-    lines = [f"## {title}", "", "| prompt | right labels | " + " | ".join(depths) + " |"]
-    lines.append("| --- " * (len(depths) + 2) + "|")
+    names = [name for name in next(iter(results.values())) if name not in ("accepted", "pictures")]
+    lines = [f"## {title}", "", EVERYDAY_NOTE, "", "| prompt | right labels | " + " | ".join(names) + " |"]
+    lines.append("| --- " * (len(names) + 2) + "|")
     for text, entry in results.items():
-        cells = [f"{100 * entry[depth]:.0f}" for depth in depths]
+        numbers = [[round(100 * entry[name][key]) for key in ("share", "chance", "ceiling")] for name in names]
+        cells = [f"{share} ({chance}, {ceiling})" for share, chance, ceiling in numbers]
         lines.append(f"| {text} | {', '.join(entry['accepted'])} | " + " | ".join(cells) + " |")
     cells = []
-    for depth in depths:
-        shares = [entry[depth] for entry in results.values()]
-        often = sum(share > 0.5 for share in shares)
-        error = stdev(shares) / len(shares) ** 0.5
+    for name in names:
+        shares = [entry[name]["share"] for entry in results.values()]
+        often, error = sum(share > 0.5 for share in shares), stdev(shares) / len(shares) ** 0.5
         cells.append(f"{100 * fmean(shares):.0f} ± {100 * error:.0f}, more often than not {often} of {len(shares)}")
     lines.append("| mean | | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def judge_model(arguments: argparse.Namespace, data: EmojiData, judge: Judge) -> tuple[dict[str, dict], list[str]]:
+    """Numbers and tables of a model with the full cache, and with a compressed one on demand."""
+    pipe = HackVARPipeline.from_pretrained(arguments.model)
+    pipe.set_progress_bar_config(disable=True)
+    given = {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "top_p")}
+    runs, numbers = {FULL: given}, {}
+    if arguments.kv_budget is not None:
+        compressed = {"kv_budget": arguments.kv_budget, "method": arguments.method}
+        runs[f"{arguments.method}, {arguments.kv_budget:g} of the cache"] = {**given, **compressed}
+    used = {**pipe.config["sampling"], **{name: value for name, value in given.items() if value is not None}}
+    settings = (
+        f"Sampling {used}, seeds from {arguments.seed}, {pipe.dtype}, torch {torch.__version__}, {__version__}.\n"
+    )
+    groups, found, parts = prompts(data, arguments.runs, arguments.prompts, arguments.seed), {}, [settings]
+    for name, options in runs.items():
+        found[name] = measure(pipe, data, judge, groups, arguments.seed, **options)
+        agreement = {group: summary(entry) for group, entry in found[name].items()}
+        sheet = arguments.output / ("everyday.png" if name == FULL else "everyday-compressed.png")
+        everyday = measure_everyday(pipe, data, judge, sheet, arguments.everyday_seeds, arguments.seed, **options)
+        numbers[name] = {"groups": agreement, "everyday": everyday}
+        parts += [table(f"Agreement, {name}", agreement), everyday_table(f"Everyday prompts, {name}", everyday)]
+        if name != FULL:
+            change = {group: paired(found[FULL][group], entry) for group, entry in found[name].items()}
+            numbers[name]["change"] = change
+            parts.append(table(f"{name} less {FULL}, same prompts and noise", change, signed=True))
+    return numbers, parts
 
 
 def report(arguments: argparse.Namespace) -> str:
@@ -423,28 +320,12 @@ def report(arguments: argparse.Namespace) -> str:
     output.mkdir(parents=True, exist_ok=True)
     judge = load_judge(data, arguments.runs, arguments.judge_minutes)
     ceilings = validate(data, judge, arguments.runs)
-    numbers, parts = {"judge": ceilings}, [table("The judge on pictures of the data set", ceilings)]
+    numbers, parts = {"judge": ceilings}, [NOTE, "", table("The judge on pictures of the data set", ceilings)]
     if arguments.model is not None:
-        pipe = HackVARPipeline.from_pretrained(arguments.model)
-        pipe.set_progress_bar_config(disable=True)
-        sampling = {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "top_p")}
-        runs = {"full cache": sampling}
-        if arguments.kv_budget is not None:
-            compressed = {"kv_budget": arguments.kv_budget, "method": arguments.method}
-            runs[f"{arguments.method}, {arguments.kv_budget:g} of the cache"] = {**sampling, **compressed}
-        groups, found = prompts(data, arguments.runs, arguments.prompts, arguments.seed), {}
-        for number, (name, options) in enumerate(runs.items()):
-            found[name] = measure(pipe, data, judge, groups, arguments.seed, **options)
-            agreement = {group: summary(entry) for group, entry in found[name].items()}
-            sheet = output / ("everyday-compressed.png" if number else "everyday.png")
-            everyday = measure_everyday(pipe, judge, sheet, arguments.everyday_seeds, arguments.seed, **options)
-            numbers[name] = {"groups": agreement, "everyday": everyday}
-            parts += [table(f"Agreement, {name}", agreement), everyday_table(f"Everyday prompts, {name}", everyday)]
-            if number:
-                change = {group: paired(found["full cache"][group], entry) for group, entry in found[name].items()}
-                numbers[name]["change"] = change
-                parts.append(table(f"{name} less full cache, same prompts and noise", change, signed=True))
-    text = "\n".join([f"{NOTE}\n", *parts])
+        of_model, tables = judge_model(arguments, data, judge)
+        numbers.update(of_model)
+        parts += tables
+    text = "\n".join(parts)
     (output / "agreement.md").write_text(text)
     (output / "agreement.json").write_text(json.dumps(numbers, indent=1) + "\n")
     return text
@@ -459,7 +340,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for tables, numbers and sheets")
     parser.add_argument("--prompts", type=int, default=100, help="prompts a group")
     parser.add_argument("--everyday-seeds", type=int, default=16, help="pictures of each everyday prompt")
-    parser.add_argument("--judge-minutes", type=float, default=10, help="training time of the judge")
+    parser.add_argument("--judge-minutes", type=float, default=20, help="training time of the judge")
     parser.add_argument("--kv-budget", type=float, help="measure a run with this much of the cache, too")
     parser.add_argument("--method", default="hack", help="method of compression")
     parser.add_argument("--guidance-scale", type=float, help="instead of the model's own")
