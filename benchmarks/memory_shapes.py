@@ -11,6 +11,7 @@ import argparse
 import csv
 import tempfile
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,16 @@ COLUMNS = ("part", "model", "px", "dtype", "kv_budget", "computed", "measured", 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that operations made and that are still alive, each storage once, and their peak."""
+    """
+    Bytes of all tensors that operations made and that are still alive, each storage once, and their peak. Tensors that were
+    there before are given, because an operation may make views of them.
+    """
 
-    def __init__(self, ignored: torch.nn.Module):
+    def __init__(self, ignored: Iterable[torch.Tensor]):
         super().__init__()
         self.live = self.peak = 0
         self.known = WeakIdKeyDictionary()
-        for tensor in (*ignored.parameters(), *ignored.buffers()):
+        for tensor in ignored:
             self.known[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -87,9 +91,14 @@ def loaded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         return type(model).from_pretrained(folder, dtype=dtype).eval()
 
 
+def tensors_of(model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """All parameters and buffers."""
+    return (*model.parameters(), *model.buffers())
+
+
 def tensor_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return sum(tensor.nbytes for tensor in tensors_of(model))
 
 
 def make_cache(request: Request, geometry: Geometry, plan: Plan | None) -> Cache:
@@ -138,7 +147,7 @@ def measure_drawing(model: torch.nn.Module, name: str, px: int, dtype: str, budg
     geometry = Geometry(schedule, LAYERS, config.num_attention_heads, config.attention_head_dim)
     plan = memory.plan_of(request, geometry)
     cache = make_cache(request, geometry, plan)
-    with LiveBytes(model) as watch:
+    with LiveBytes(tensors_of(model)) as watch:
         text = (draw_infinity if infinity else draw_var)(model, cache, request)
     held = cache.report().bytes_allocated_peak * request.images
     tokens = memory.peak_tokens(plan) if plan else schedule.cacheable
@@ -155,7 +164,7 @@ def measure_decoder(model: torch.nn.Module, name: str, px: int, dtype: str, tabl
     """Activations of decoding one image."""
     side = px // model.downscale_factor
     latents = torch.randn(1, model.config.latent_channels, side, side)
-    with LiveBytes(model) as watch:
+    with LiveBytes(tensors_of(model)) as watch:
         model.decode(latents)
     computed = memory.decoder_bytes(model.config, (px, px), 1, DTYPES[dtype].itemsize)
     table.add("decoder", name, px, dtype, "", computed, watch.peak)
@@ -187,12 +196,11 @@ def measure_merge(table: Table):
         True,
     )
     positions = torch.empty(2, len(heads), kept, dtype=torch.long, device="meta")
-    with LiveBytes(torch.nn.Module()) as watch:
+    with LiveBytes((view.query, view.key, view.value, view.stored_key, view.stored_value)) as watch:
         get_method(request.method).merge(view, positions, tensor(kept), tensor(kept))
-    rows = 2 * len(heads)
-    computed = rows * 2 * kept * geometry.head_dim * request.dtype.itemsize
-    computed += rows * merge_bytes(stored + length, length, kept, geometry.head_dim, by_product=True)
-    table.add("merge (shapes of a GPU)", "2b", 1024, "bf16", 0.3, computed, watch.peak)
+    counts = (stored, length, kept, 0)
+    computed = merge_bytes(counts, len(heads), geometry.head_dim, request.dtype.itemsize, by_product=True)
+    table.add("merge (shapes of a GPU)", "2b", 1024, "bf16", 0.3, 2 * len(heads) * computed, watch.peak)
 
 
 def measure_transformers(table: Table, quick: bool):

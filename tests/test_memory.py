@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hack_pipelines.activations import block_bytes, decoder_bytes, merge_bytes
+from hack_pipelines.activations import block_bytes, decoder_bytes, group_bytes, merge_bytes
 from hack_pipelines.cache import FullCache, HeadGroupCache
 from hack_pipelines.cli import main
 from hack_pipelines.cli import memory as command
@@ -163,10 +163,37 @@ def test_block_of_infinity_is_34_bytes_a_channel():
 
 
 def test_merge_by_hand():
-    kept, current, present, head_dim = 3, 5, 9, 4
-    expected = 4 * kept * head_dim * 4 + present * kept * 4
-    assert merge_bytes(present, current, kept, head_dim, True) == expected + current * (kept + head_dim) * 4
-    assert merge_bytes(present, current, kept, head_dim, False) == expected + 2 * current * head_dim * 4
+    held, length, kept, head_dim = 40, 50, 30, 4
+    handed_over = 2 * kept * head_dim * 2
+    # All in one chunk: float32 keys, values, their sums and the unit keys, and 50 tokens with 30 weights each.
+    by_product = handed_over + (5 * kept * head_dim + length * (kept + head_dim) + kept * head_dim) * 4
+    assert merge_bytes((held, length, kept, 0), 8, head_dim, 2, True) == by_product
+    on_cpu = handed_over + (5 * kept * head_dim + length * (kept + head_dim)) * 4
+    assert merge_bytes((held, length, kept, 0), 8, head_dim, 2, False) == on_cpu
+
+
+def test_merge_goes_by_chunks():
+    kept, head_dim = 1024, 128
+    chunk = 2**22 // (8 * kept)
+    expected = 2 * kept * head_dim * 2 + (6 * kept * head_dim + chunk * (kept + head_dim)) * 4
+    for length in (4096, 2**20):
+        assert merge_bytes((2048, length, kept, 0), 8, head_dim, 2, True) == expected
+
+
+def test_scores_are_more_than_what_few_kept_tokens_take():
+    # 32 queries score 5000 keys; 10 keys and values are kept.
+    assert group_bytes((904, 4096, 10, 0), 128, 2, 32) == 2 * 32 * 5000 * 4
+    assert group_bytes((904, 4096, 10, 0), 128, 2, 0) == 4 * 10 * 128 * 2
+    # All that is there is attended to: keys and values once.
+    assert group_bytes((904, 4096, 5000, 5000), 128, 2, 32) == 2 * 5000 * 128 * 2
+
+
+@pytest.mark.parametrize("model", ["2b", "8b", "8b-512"])
+def test_budgets_of_the_page_cost_no_work_memory_in_infinity(model):
+    work = {estimate(Request(model, kv_budget=budget)).work for budget in (None, 0.3, 0.1)}
+    transformer, _ = parts_of(model)
+    tokens = 2 * geometry_of(Request(model)).schedule.lengths[-1]
+    assert work == {tokens * block_bytes(transformer.config, 2)}
 
 
 def test_decoder_is_fullest_at_full_resolution():

@@ -3,7 +3,8 @@
 from typing import Any
 
 from .methods import HACK, Geometry, Method, Plan
-from .methods.hack import CONTEXTUAL
+from .methods.base import SCORED_KEYS
+from .methods.hack import CONTEXTUAL, MERGE_CHUNK
 
 
 FP32 = 4
@@ -50,9 +51,9 @@ def cache_work_bytes(
     What is alive while the cache attends in one layer, beside what it stores between steps: the block's float32 input and
     norm, projected queries, keys and values, the queries and keys that attention reads and its output, and then
 
-    - without a plan, keys and values of all tokens so far;
-    - with one, group of heads after group of heads, its copies of queries, keys and values (those of the group before live
-      on until they are made, its output longer) and what [`group_bytes`] counts.
+    - without a plan, keys of all tokens so far, and values of them; the old keys are gone when these are joined;
+    - with one, group of heads after group of heads, its copies of queries, keys and values and what [`group_bytes`] counts,
+      or [`merge_bytes`] where that is more.
 
     Args:
         method (`Method`):
@@ -70,19 +71,19 @@ def cache_work_bytes(
     base = rows * geometry.num_heads * length * head_dim * (2 * FP32 + 6 * itemsize)
     if plan is None:
         seen = geometry.schedule.prefixes[step] + length
-        return base + 2 * rows * geometry.num_heads * seen * head_dim * itemsize
+        return base + rows * geometry.num_heads * (seen + length) * head_dim * itemsize
     layer = plan.layers[0]
     stored = layer.store[step - 1] if step else (0,) * len(layer.groups)
-    largest = before = 0
+    largest = 0
     for group, label, held, attend, store in zip(
         layer.groups, layer.labels, stored, layer.attend[step], layer.store[step]
     ):
-        merged = attend < held + length and merges(method, label, step == len(geometry.schedule) - 1)
         counts = (held, length, attend, store)
-        chosen = rows * len(group) * group_bytes(counts, head_dim, itemsize, merged, merge_by_product)
-        copy = rows * len(group) * length * head_dim * itemsize if len(layer.groups) > 1 else 0
-        largest = max(largest, 3 * copy + before + max(chosen, 3 * before))
-        before = copy
+        chosen = group_bytes(counts, head_dim, itemsize, observed(method, length))
+        if attend < held + length and merges(method, label, step == len(geometry.schedule) - 1):
+            chosen = max(chosen, merge_bytes(counts, len(group), head_dim, itemsize, merge_by_product))
+        copies = 3 * length * head_dim * itemsize if len(layer.groups) > 1 else 0
+        largest = max(largest, rows * len(group) * (copies + chosen))
     return base + largest
 
 
@@ -93,16 +94,20 @@ def merges(method: Method, label: str, last: bool) -> bool:
     return method.merge_at == "every" or (method.merge_at == "final" and last)
 
 
-def group_bytes(
-    counts: tuple[int, int, int, int], head_dim: int, itemsize: int, merged: bool, merge_by_product: bool
-) -> int:
-    """
-    Bytes a row and head while tokens are chosen, the largest of four moments.
+def observed(method: Method, length: int) -> int:
+    """Queries of a scale that score the keys; none where a method ranks without scores."""
+    if not isinstance(method, HACK):
+        return 0
+    return length if length <= 2 * method.n_obs else method.n_obs
 
-    - Scoring: the float32 copy of the current or stored keys, whichever is more.
+
+def group_bytes(counts: tuple[int, int, int, int], head_dim: int, itemsize: int, queries: int) -> int:
+    """
+    Bytes a row and head while tokens are chosen, the largest of three moments.
+
+    - Scoring: logits of the observed queries in float32, twice, or once and the float32 copy of a chunk of keys.
     - Gathering: keys, and values from both sides and chosen (4 tensors of what is attended to, or, where more is attended to
       than stored, of what is stored beside all that is seen).
-    - Merging: the keys and values that are handed over, and what [`merge_bytes`] counts.
     - Attending: keys and values that are seen.
 
     Args:
@@ -110,34 +115,49 @@ def group_bytes(
             Tokens that a head holds before the step, that the step adds, that it attends to, and that it holds after.
         head_dim, itemsize (`int`):
             Channels of a head, bytes of a stored element.
-        merged (`bool`):
-            Whether dropped tokens are merged.
-        merge_by_product (`bool`):
-            Whether they are as on a GPU.
+        queries (`int`):
+            How many of them are observed.
     """
     held, length, attend, store = counts
     moments = [2 * attend * head_dim * itemsize]
-    if attend < held + length or 0 < store < held + length:
-        moments.append(max(held, length) * head_dim * FP32)
+    if queries and (attend < held + length or 0 < store < held + length):
+        logits = queries * (held + length)
+        moments.append((logits + max(logits, min(SCORED_KEYS, max(held, length)) * head_dim)) * FP32)
     if attend < held + length:
         moments.append(4 * attend * head_dim * itemsize)
     if 0 < store < attend:
         moments.append((2 * attend + 4 * store) * head_dim * itemsize)
-    if merged:
-        handed = 2 * attend * head_dim * itemsize
-        moments.append(handed + merge_bytes(held + length, length, attend, head_dim, merge_by_product))
     return max(moments)
 
 
-def merge_bytes(present: int, length: int, kept: int, head_dim: int, by_product: bool) -> int:
+def merge_bytes(counts: tuple[int, int, int, int], heads: int, head_dim: int, itemsize: int, by_product: bool) -> int:
     """
-    Bytes a row and head while HACK merges dropped tokens: the keys and values that are kept, twice one of them while it is
-    summed and the unit keys, all in float32; the similarities of present and kept tokens; and on a GPU a matrix of the
-    current tokens' like it, which sums by product, and a float32 copy of what is summed, on the CPU two such copies.
+    Bytes a row and head while HACK merges dropped tokens into kept ones.
+
+    The keys and values that are handed over are alive throughout, and in float32 those of the result, the sums that are
+    added to them, and the unit keys: 5 tensors of what is kept. Beside them there is the largest of
+
+    - a chunk of tokens and their cosines with what is kept;
+    - on a GPU the matrix of the chunk's weights, which is as large as its cosines, a float32 copy of the chunk and their
+      product; on the CPU two such copies;
+    - the result and the sums added up.
+
+    Args:
+        counts (`tuple[int, int, int, int]`):
+            As [`group_bytes`] takes them.
+        heads (`int`):
+            Of the group, on which the length of a chunk depends.
+        head_dim, itemsize (`int`):
+            Channels of a head, bytes of a stored element.
+        by_product (`bool`):
+            Whether sums are made as on a GPU.
     """
-    similarities = present * kept * FP32
-    summed = length * (kept + head_dim) if by_product else 2 * length * head_dim
-    return kept * head_dim * 4 * FP32 + similarities + summed * FP32
+    held, length, kept, _ = counts
+    chunk = min(max(1, MERGE_CHUNK // (heads * kept)), max(held, length))
+    cosines = chunk * (kept + head_dim)
+    summed = cosines + kept * head_dim if by_product else 2 * chunk * head_dim
+    floats = 5 * kept * head_dim + max(cosines, summed, 2 * kept * head_dim)
+    return 2 * kept * head_dim * itemsize + floats * FP32
 
 
 def decoder_bytes(config: Any, size: tuple[int, int], images: int, itemsize: int) -> int:
