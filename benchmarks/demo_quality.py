@@ -1,10 +1,11 @@
 """
-Quality against memory on the demo model: compression methods at equal budgets, against the full cache.
+Quality against memory on the demo models: compression methods at equal budgets, against the full cache.
 
 Teacher-forced likelihood of held-out pictures is the sharp measure; pictures drawn with shared noise are the other one.
 Needs the `plots` extra. A run that was interrupted goes on where it stopped:
 
-    python benchmarks/demo_quality.py --output results/demo_quality
+    python benchmarks/demo_quality.py --model demo --output results/demo_quality
+    python benchmarks/demo_quality.py --model demo-class --output results/demo_class_quality
 """
 
 import argparse
@@ -35,7 +36,9 @@ from hack_pipelines.evaluation import first_differing_step, psnr, teacher_forced
 from hack_pipelines.methods import Method
 
 
-TOKENS = Path(__file__).parent / "data" / "demo_heldout_tokens.safetensors"
+DATA = Path(__file__).parent / "data"
+# By the pipeline's family: tokens of held-out pictures; prompts lie beside them as JSON.
+TOKENS = {"var": DATA / "demo_class_heldout.safetensors", "infinity": DATA / "demo_text_heldout.safetensors"}
 BUDGETS = [1.0, 0.63, 0.5, 0.3, 0.2, 0.1]
 FULL = "full"
 RANDOM_HEADS = "hack-random-heads"
@@ -76,9 +79,9 @@ class RandomTypes:
 class Study:
     """What all runs of a study share."""
 
-    pipe: HackVARClassPipeline
+    pipe: HackVARPipeline
     tokens: torch.Tensor
-    labels: torch.Tensor
+    inputs: list[int | str]
     seen: torch.Tensor
     arguments: argparse.Namespace
 
@@ -91,8 +94,8 @@ class Study:
         """Nats per token of every held-out picture."""
         size, parts = self.arguments.batch_size, []
         for start in tqdm(range(0, len(self.tokens), size), desc="likelihood", leave=False):
-            tokens, labels = self.tokens[start : start + size], self.labels[start : start + size]
-            parts.append(teacher_forced_nll(self.pipe, tokens, labels, budget, self.method(method), size))
+            tokens, inputs = self.tokens[start : start + size], self.inputs[start : start + size]
+            parts.append(teacher_forced_nll(self.pipe, tokens, inputs, budget, self.method(method), size))
         return torch.cat(parts)
 
     def sample(self, budget: float | None, method: str) -> tuple[torch.Tensor, list[torch.Tensor], list[float], Any]:
@@ -108,7 +111,7 @@ class Study:
             numbers = range(start, min(start + size, count))
             begin = time.perf_counter()
             out = self.pipe(
-                class_labels=[number % self.pipe.transformer.config["num_classes"] for number in numbers],
+                [self.drawn(number) for number in numbers],
                 generator=[torch.Generator().manual_seed(self.arguments.seed + number) for number in numbers],
                 kv_budget=budget,
                 method=self.method(method),
@@ -120,6 +123,12 @@ class Study:
             tokens.append([ids.cpu() for ids in out.tokens])
             reports.append(out.cache_report)
         return torch.cat(images), [torch.cat(scale) for scale in zip(*tokens)], seconds, reports[0]
+
+    def drawn(self, number: int) -> int | str:
+        """What a picture shows: the classes in turn, or the held-out prompts."""
+        if isinstance(self.inputs[0], str):
+            return self.inputs[number % len(self.inputs)]
+        return number % self.pipe.transformer.config["num_classes"]
 
     def method(self, name: str) -> Method:
         return METHODS.get(name, METHODS["hack"])
@@ -135,7 +144,7 @@ class Study:
             save_file(reference, path)
         else:
             reference = load_file(path)
-        other = reference["tokens"].split(self.pipe.transformer.schedule.lengths, dim=1)
+        other = reference["tokens"].split(self.pipe.schedule.lengths, dim=1)
         figures = {
             "nll": nll,
             "nll_rise": nll - reference["nll"],
@@ -149,7 +158,7 @@ class Study:
 
     def identity(self, budget: float | None, method: str) -> dict:
         """Which run a row describes."""
-        schedule = self.pipe.transformer.schedule
+        schedule = self.pipe.schedule
         tokens = schedule.total
         if budget is not None:
             tokens = self.pipe.prepare_cache(budget, method=self.method(method)).plan.budget
@@ -229,15 +238,20 @@ def tiny_study(arguments: argparse.Namespace) -> Study:
     vae = MultiScaleVQModel(vocab_size=32, latent_channels=8, block_out_channels=(32, 32), layers_per_block=1)
     pipe = HackVARClassPipeline(transformer=transformer.eval(), vae=vae.eval())
     tokens = torch.randint(0, 32, (6, transformer.schedule.total))
-    return Study(pipe, tokens, torch.arange(6), torch.arange(6) % 2 == 0, arguments)
+    return Study(pipe, tokens, list(range(6)), torch.arange(6) % 2 == 0, arguments)
 
 
 def load_study(arguments: argparse.Namespace) -> Study:
     """The model and its held-out pictures."""
-    held_out = load_file(arguments.tokens)
     dtype = getattr(torch, arguments.dtype)
     pipe = HackVARPipeline.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
-    return Study(pipe, held_out["tokens"].long(), held_out["labels"], held_out["seen"].bool(), arguments)
+    path = arguments.tokens or TOKENS[pipe.family]
+    held_out = load_file(path)
+    if "labels" in held_out:
+        inputs = held_out["labels"].tolist()
+    else:
+        inputs = json.loads(path.with_suffix(".json").read_text())
+    return Study(pipe, held_out["tokens"].long(), inputs, held_out["seen"].bool(), arguments)
 
 
 def check_settings(arguments: argparse.Namespace):
@@ -273,7 +287,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for tables, plots and pictures")
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--tokens", type=Path, default=TOKENS, help="held-out pictures: `tokens`, `labels`, `seen`")
+    parser.add_argument("--tokens", type=Path, help="held-out pictures: `tokens`, `seen`, and `labels` or a JSON of prompts")
     parser.add_argument("--images", type=int, default=128, help="pictures to draw")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from hack_pipelines import HackVARClassPipeline, HackVARTextPipeline, MultiScaleVQModel, VARTransformer2DModel
+from hack_pipelines import (
+    HackVARClassPipeline,
+    HackVARPipeline,
+    HackVARTextPipeline,
+    MultiScaleVQModel,
+    VARTransformer2DModel,
+)
 from hack_pipelines.cache.cache import FullCache
 from hack_pipelines.models.autoencoder_bsq import MultiScaleBSQModel
 from hack_pipelines.models.transformer_infinity import InfinityTransformer2DModel
@@ -127,15 +133,17 @@ def seeds(*values: int) -> list[torch.Generator]:
 
 
 @torch.no_grad()
-def masked_nll(pipe: HackVARClassPipeline, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def masked_nll(pipe: HackVARPipeline, tokens: torch.Tensor, inputs: Sequence[int | str]) -> torch.Tensor:
     """Nats per token `[images]` from one masked pass over all scales, without any cache."""
-    schedule = pipe.transformer.schedule
-    latents, inputs = torch.zeros(len(tokens), pipe.vae.config["latent_channels"], *schedule.sizes[-1]), []
-    for step, ids in enumerate(tokens.split(schedule.lengths, dim=1)):
-        latents, scale_input = pipe.vae.accumulate(latents, ids, step, schedule)
-        inputs += [] if scale_input is None else [scale_input]
-    logits = pipe.transformer(torch.cat(inputs, dim=1), labels).logits
-    return -logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).double().mean(1)
+    schedule = pipe.schedule
+    latents, scale_inputs = torch.zeros(len(tokens), pipe.vae.config["latent_channels"], *schedule.sizes[-1]), []
+    for step, true_tokens in enumerate(tokens.split(schedule.lengths, dim=1)):
+        latents, scale_input = pipe.vae.accumulate(latents, true_tokens, step, schedule)
+        scale_inputs += [] if scale_input is None else [scale_input]
+    condition = pipe.encode_inputs(inputs, guided=False)
+    arguments = (schedule,) if isinstance(pipe, HackVARTextPipeline) else ()
+    logits = pipe.transformer(torch.cat(scale_inputs, dim=1), condition, *arguments).logits
+    return -pipe.log_likelihood(logits, tokens).double().mean(1)
 
 
 @dataclass

@@ -342,9 +342,9 @@ def test_local_folder_comes_first_and_files_are_refused(hub, saved, tmp_path):
 def test_demo_is_inside_the_package_or_the_installation_is_incomplete(hub, tmp_path, saved, monkeypatch):
     monkeypatch.setattr(sources, "DEMO_FOLDER", tmp_path)
     with pytest.raises(ValueError, match="installation is incomplete"):
-        locate("demo")
+        locate("demo-class")
     (tmp_path / "class").symlink_to(saved)
-    assert locate("demo") == locate("demo-class") == sources.Source(tmp_path / "class", None)
+    assert locate("demo-class") == sources.Source(tmp_path / "class", None)
     assert hub.requests == []
 
 

@@ -375,20 +375,34 @@ def test_a_profile_serves_every_schedule_of_its_model(pipe):
     assert draw(pipe, scale_schedule=WIDE, kv_budget=0.5).cache_report.peak_tokens <= 19
 
 
+def beside_the_original(pipe, prompts, dtype) -> tuple[int, int]:
+    """Bytes an image of the original's cache and of ours, measured from storages, after both have drawn the same bits."""
+    condition, geometry = pipe.encode_prompt(prompts), pipe.geometry()
+    cache = OriginalCache(geometry.schedule, geometry.num_layers, guided=True)
+    numbers = range(len(prompts))
+    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        out = draw(pipe, prompts, prompt=None, prompt_embeds=list(condition.prompt_embeds), output_type="latent")
+        _, tokens = pipe.draw_scales(condition, cache, pipe.prepare_settings(temperature=1.0), seeds(*numbers))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(out.tokens, tokens))
+    held = sum(tensor.untyped_storage().nbytes() for tensor in (*cache.keys, *cache.values)) // len(prompts)
+    assert out.cache_report.bytes_full == held
+    return held, out.cache_report.bytes_allocated_peak
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_storing_what_attention_reads_is_exact_under_autocast(dtype):
-    pipe = tiny_text_pipeline()
-    condition = pipe.encode_prompt(PROMPTS)
-    settings, geometry = pipe.prepare_settings(temperature=1.0), pipe.geometry()
-    cache = OriginalCache(geometry.schedule, geometry.num_layers, guided=True)
-    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
-        out = draw(pipe, prompt=None, prompt_embeds=list(condition.prompt_embeds))
-        _, tokens = pipe.draw_scales(condition, cache, settings, seeds(0, 1))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(out.tokens, tokens))
-    held = sum(tensor.untyped_storage().nbytes() for tensor in (*cache.keys, *cache.values)) // 2
-    report = out.cache_report
-    assert report.bytes_full == held == 30 * 2 * 3 * 4 * 16 * (4 + 2)
-    assert report.bytes_allocated_peak == 14 * 2 * 3 * 4 * 16 * 4
+    held, ours = beside_the_original(tiny_text_pipeline(), PROMPTS, dtype)
+    assert held == 30 * 2 * 3 * 4 * 16 * (4 + 2)
+    assert ours == 14 * 2 * 3 * 4 * 16 * 4
+
+
+@pytest.mark.slow
+def test_a_megapixel_takes_two_and_a_half_times_less_without_losing_a_bit():
+    schedule = template_schedule(1.0, "1M").sizes
+    pipe = tiny_text_pipeline(schedule, num_layers=1, num_attention_heads=1, ff_hidden_dim=16, num_pooling_heads=1)
+    held, ours = beside_the_original(pipe, PROMPTS[:1], torch.bfloat16)
+    assert held == 10_521 * 2 * 16 * 6 and ours == 6_425 * 2 * 16 * 4
+    assert held / ours > 2.45
 
 
 # -- precision, loading, offload ---------------------------------------------------------------------------------------
@@ -412,6 +426,15 @@ def test_half_precision_keeps_what_the_original_keeps(tmp_path):
         tmp_path, dtype={"transformer": torch.bfloat16, "default": torch.float32}
     )
     assert explicit.text_encoder.dtype == torch.float32
+
+
+def test_float32_is_the_default_whatever_the_files_hold(tmp_path):
+    pipe = tiny_text_pipeline()
+    pipe.transformer.half(), pipe.text_encoder.half(), pipe.vae.half()
+    pipe.save_pretrained(tmp_path)
+    loaded = HackVARPipeline.from_pretrained(tmp_path)
+    for model in (loaded.transformer, loaded.text_encoder, loaded.vae):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_bfloat16_weights_compute_what_autocast_computes(tmp_path):

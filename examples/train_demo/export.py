@@ -45,7 +45,9 @@ def export(data: Path, runs: Path, output: Path) -> HackVARClassPipeline:
 def save_profile(output: Path, samples: int) -> None:
     """Calibrates the saved pipeline, as users do, and keeps the head profile beside its weights."""
     pipe = HackVARClassPipeline.from_pretrained(output)
-    calibrate(pipe, num_samples=samples, batch_size=10, base_model="demo").save_pretrained(output / "head_profile")
+    calibrate(pipe, num_samples=samples, batch_size=10, base_model="demo-class").save_pretrained(
+        output / "head_profile"
+    )
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ def load_text_encoder(name: str | Path, text_channels: int, dtype: torch.dtype) 
         text_channels (`int`):
             Width of the text features that the transformer reads.
         dtype (`torch.dtype`):
-            Of the transformer. In half precision the encoder is float16, except what transformers keeps in float32: the
-            models were trained with features of float16, and those of bfloat16 are others.
+            Of the transformer. In half precision the encoder is float16, except what transformers keeps in float32: so the
+            original runs it, and features in bfloat16 are others.
 
     Returns:
         `dict[str, Any]`: `text_encoder` in eval mode, and `tokenizer`.

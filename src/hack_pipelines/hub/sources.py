@@ -17,7 +17,7 @@ from .originals import OriginalModel, OriginalRepo, original_repo
 
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo_models"
-DEMOS = {"demo": "class", "demo-class": "class"}
+DEMOS = {"demo": "text", "demo-class": "class"}
 
 # Pickle files and code are never asked for. A head profile has one weight file, whatever the variant.
 SMALL_FILES = ["model_index.json", "*/*.json", "*/spiece.model", "README.md", "head_profile/*.safetensors"]
@@ -67,7 +67,7 @@ def locate(
 
     Args:
         name_or_path (`str` or `Path`):
-            A folder in diffusers layout, `"demo"`, an original repo, or a Hub repo in diffusers layout, in this order.
+            A folder in diffusers layout, `"demo"` or `"demo-class"`, an original repo, or a Hub repo in diffusers layout, in this order.
         variant (`str`, *optional*):
             Model of an original repo; variant of the weight files otherwise.
         revision (`str`, *optional*):

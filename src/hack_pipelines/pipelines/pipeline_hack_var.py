@@ -69,12 +69,15 @@ class HackVARPipeline(DiffusionPipeline):
 
         Args:
             name_or_path (`str` or `Path`):
-                `"demo"` for the small model inside the package, a folder or Hub repo in diffusers layout, or an original
-                repo (`"FoundationVision/var"`), whose files are converted once and kept in the cache.
+                `"demo"` or `"demo-class"` for the small models inside the package, a folder or Hub repo in diffusers layout,
+                or an original repo (`"FoundationVision/Infinity"`, `"FoundationVision/var"`), whose files are converted once
+                and kept in the cache.
             variant (`str`, *optional*):
-                Model of an original repo, `"d16"` to `"d36"`; variant of the weight files otherwise.
+                Model of an original repo, `"2b"`, `"8b"`, `"8b-512"` or `"d16"` to `"d36"`; variant of the weight files
+                otherwise.
             dtype (`torch.dtype` or `dict`, *optional*):
-                Of the weights, float32 by default. Tensors that need float32 keep it.
+                Of the weights, float32 by default. Tensors that need float32 keep it, and a text encoder is float16 where
+                this is half precision, as the original runs it; a `dict` by component decides otherwise.
             head_profile (`str`, `Path` or [`HeadProfile`], *optional*):
                 Profile to attach instead of the one that the folder or repo carries.
             kwargs:
@@ -93,8 +96,8 @@ class HackVARPipeline(DiffusionPipeline):
         subclass = cls._subclass("name", index["_class_name"], source.folder)
         components = [name for name in index if not name.startswith("_") and name not in kwargs]
         check_weights(source.folder, components, source.variant)
-        if dtype is not None:
-            kwargs["dtype"] = subclass.component_dtypes(dtype)
+        # Said also where it is the default: transformers would take the dtype of its files.
+        kwargs["dtype"] = subclass.component_dtypes(torch.float32 if dtype is None else dtype)
         if source.variant is not None:
             kwargs["variant"] = source.variant
         pipe: Any = super(HackVARPipeline, subclass).from_pretrained(

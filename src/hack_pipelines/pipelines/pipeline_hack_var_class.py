@@ -28,7 +28,7 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from hack_pipelines import HackVARPipeline
 
-        >>> pipe = HackVARPipeline.from_pretrained("demo")
+        >>> pipe = HackVARPipeline.from_pretrained("demo-class")
         >>> image = pipe(class_labels=0, kv_budget=0.3, generator=torch.Generator().manual_seed(0)).images[0]
         ```
 """
