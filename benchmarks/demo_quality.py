@@ -287,7 +287,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for tables, plots and pictures")
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--tokens", type=Path, help="held-out pictures: `tokens`, `seen`, and `labels` or a JSON of prompts")
+    parser.add_argument(
+        "--tokens", type=Path, help="held-out pictures: `tokens`, `seen`, and `labels` or a JSON of prompts"
+    )
     parser.add_argument("--images", type=int, default=128, help="pictures to draw")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")

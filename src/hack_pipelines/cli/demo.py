@@ -22,11 +22,11 @@ DEMO_PROMPTS = [
     "a red apple",
     "a smiling cat",
     "a red heart",
-    "a house with a garden",
-    "a blue car, 3d style",
+    "a grinning face",
+    "a strawberry, blue background",
     "a penguin, yellow background",
-    "a slice of pizza",
-    "a rocket",
+    "a birthday cake",
+    "a tree, 3d style",
 ]
 DEMO_CLASSES = [
     "face smiling",
