@@ -88,7 +88,7 @@ def test_likelihood_of_a_picture_does_not_depend_on_its_batch(pipe, pictures):
     ("arguments", "match"),
     [
         ((torch.zeros(2, 29), [0, 1]), r"\[images, 30\]"),
-        ((torch.zeros(2, 30), [0]), "one class an image"),
+        ((torch.zeros(2, 30), [0]), "one input an image"),
         ((torch.zeros(2, 30), [0, 1], None, "hack", 0), "batch_size"),
         ((torch.zeros(2, 30), [0, 1], 0.5, "h2o"), "h2o"),
     ],
