@@ -1,6 +1,7 @@
 """The trained models inside the package: complete, small, honest about themselves, and compressed as they should be."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_folder_is_small_and_complete(folder, demo):
 
 def test_no_file_names_the_machine_it_was_made_on(folder):
     for path in folder.rglob("*.json"):
-        assert not any(part in path.read_text() for part in ("/tmp/", "/root/", "/work/", "/home/")), path
+        assert not re.search(r'"/\w+/', path.read_text()), path
 
 
 def test_profile_belongs_to_the_model(pipe, name):

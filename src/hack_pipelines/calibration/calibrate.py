@@ -14,6 +14,7 @@ from .. import __version__
 from ..cache.recording import RecordingCache
 from ..profiles.head_profile import HeadProfile
 from ..profiles.statistics import rank_correlation
+from ..schedule import Schedule
 
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def calibrate(
     base_model: str | None = None,
     base_revision: str | None = None,
     progress: bool = True,
+    schedule: Schedule | None = None,
 ) -> HeadProfile:
     """
     Record a head profile from uncompressed runs on known inputs.
@@ -54,6 +56,8 @@ def calibrate(
             Commit of that repository.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        schedule (`Schedule`, *optional*):
+            Scales to draw, where the model draws others than its own.
 
     Returns:
         [`HeadProfile`]: on the CPU.
@@ -69,8 +73,8 @@ def calibrate(
         raise ValueError(
             "`inputs` is empty: give at least one class or prompt, or leave it out for the built-in ones."
         )
-    settings = pipe.prepare_settings()
-    geometry = pipe.geometry()
+    settings = pipe.prepare_settings() if schedule is None else pipe.prepare_settings(schedule=schedule)
+    geometry = pipe.geometry(schedule)
     cache = RecordingCache(geometry.schedule, geometry.num_layers, settings.guided)
     moments: dict[str, Moments] = {}
     inputs = pipe.calibration_inputs(num_samples) if inputs is None else inputs

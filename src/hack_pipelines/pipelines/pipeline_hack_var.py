@@ -214,6 +214,11 @@ class HackVARPipeline(DiffusionPipeline):
     def schedule(self) -> Schedule:
         """The scales that the model draws where the call does not say otherwise."""
 
+    @property
+    def fallback_schedule(self) -> Schedule | None:
+        """The scales of a profile that is made on the spot; `None` is the model's own."""
+        return None
+
     def geometry(self, schedule: Schedule | None = None) -> Geometry:
         """What compression may know of the model: its schedule, layers and heads."""
         config = self.transformer.config
@@ -296,7 +301,9 @@ class HackVARPipeline(DiffusionPipeline):
                 f"No head profile is attached, so one is made now from a fixed input ({method.name!r} needs it). "
                 "Calibrate properly with `hack-pipelines calibrate` and attach it with `pipe.load_head_profile(...)`."
             )
-            self._fallback_profile = calibrate(self, num_samples=1, seed=0, progress=False)
+            self._fallback_profile = calibrate(
+                self, num_samples=1, seed=0, progress=False, schedule=self.fallback_schedule
+            )
         return self._fallback_profile
 
     @abstractmethod

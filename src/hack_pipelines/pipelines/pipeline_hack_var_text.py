@@ -97,6 +97,17 @@ class HackVARTextPipeline(HackVARPipeline):
     def schedule(self) -> Schedule:
         return Schedule(tuple((int(height), int(width)) for height, width in self.config["scale_schedule"]))
 
+    @property
+    def fallback_schedule(self) -> Schedule | None:
+        """
+        The seven scales of the smallest pixel class, which every larger one begins with: they cost a twentieth of a
+        megapixel, and no more memory than a small budget leaves.
+        """
+        own = self.schedule
+        if not is_template(own):
+            return None
+        return Schedule(own.sizes[: min(PIXEL_CLASSES.values())])
+
     def image_size(self, schedule: Schedule) -> tuple[int, int]:
         """Height and width in pixels of what is drawn along a schedule."""
         height, width = self.vae.latent_size(schedule.sizes[-1])
