@@ -29,6 +29,8 @@ from .settings import SamplingSettings, callback_inputs, is_whole, per_scale
 logger = logging.get_logger(__name__)
 
 VALUES_OF_A_BIT = 2
+# Rows of the learned features for no text that stand for a short prompt where there is no text encoder.
+NO_TEXT_LENGTH = 8
 NATIVE_RATIO, NATIVE_PIXEL_CLASS = 1.0, "1M"
 
 EXAMPLE_DOC_STRING = """
@@ -309,8 +311,7 @@ class HackVARTextPipeline(HackVARPipeline):
 
     def encode_inputs(self, inputs: Sequence[int | str], guided: bool) -> InfinityCondition:
         if self.text_encoder is None and not any(inputs):
-            length = min(len(CALIBRATION_PROMPTS[0].split()), self.transformer.config["text_max_length"])
-            features = self.transformer.uncond_embeds[:length].to(self._execution_device)
+            features = self.transformer.uncond_embeds[:NO_TEXT_LENGTH].to(self._execution_device)
             return InfinityCondition([features] * len(inputs), guided=guided)
         return self.encode_prompt([str(entry) for entry in inputs], guided=guided)
 
