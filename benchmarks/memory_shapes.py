@@ -192,6 +192,8 @@ def measure_merge(table: Table):
         kept,
         *(tensor(length) for _ in range(3)),
         *(tensor(stored) for _ in range(2)),
+        kept,
+        0,
         1.0,
         True,
     )

@@ -158,6 +158,9 @@ class FixedTypes:
     def check_fits(self, geometry):
         pass
 
+    def for_schedule(self, schedule):
+        return self
+
 
 def half_contextual(num_layers: int, num_heads: int) -> FixedTypes:
     """Every second head contextual, another half in every second layer."""

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from hack_pipelines import HackVARPipeline, HackVARTextPipeline
 from hack_pipelines.cache.cache import FullCache
 from hack_pipelines.cache.head_group import HeadGroupCache
-from hack_pipelines.methods import LayerPlan, Method, Plan
+from hack_pipelines.methods import LayerPlan, Method, Plan, Ranking
 from hack_pipelines.models.autoencoder_bsq import MultiScaleBSQModel
 from hack_pipelines.models.layers import modulated_norm
 from hack_pipelines.models.transformer_infinity import InfinityCondition, InfinityTransformer2DModel, rotary_positions
@@ -285,7 +285,7 @@ class Forget(Method):
     def min_budget(self, geometry, profile):
         return 1
 
-    def plan(self, geometry, budget, profile):
+    def plan(self, geometry, budget, profile, attention_budget=None):
         lengths, prefixes, last = geometry.schedule.lengths, geometry.schedule.prefixes, len(geometry.schedule) - 1
         gone = lengths[self.scale]
         store = [
@@ -304,7 +304,7 @@ class Forget(Method):
         present = torch.arange(view.num_present)
         first = view.schedule.prefixes[self.scale]
         forgotten = (present >= first) & (present < first + view.schedule.lengths[self.scale])
-        return (~forgotten).float().expand(*view.query.shape[:2], -1), None
+        return Ranking((~forgotten).float().expand(*view.query.shape[:2], -1))
 
 
 @pytest.mark.parametrize("scale", [1, 3, 5])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from hack_pipelines import HackVARPipeline
 from hack_pipelines.cache.cache import FullCache
 from hack_pipelines.cache.head_group import HeadGroupCache
-from hack_pipelines.methods import Geometry, LayerPlan, Method, Plan, StepView
+from hack_pipelines.methods import Geometry, LayerPlan, Method, Plan, Ranking, StepView
 from hack_pipelines.models.autoencoder_msvq import MultiScaleVectorQuantizer
 from hack_pipelines.pipelines.sampling import draw_tokens, filter_logits
 from hack_pipelines.schedule import Schedule
@@ -291,7 +291,7 @@ class DropScale(Method):
     def min_budget(self, geometry, profile):
         return 1
 
-    def plan(self, geometry: Geometry, budget: int, profile) -> Plan:
+    def plan(self, geometry: Geometry, budget: int, profile, attention_budget=None) -> Plan:
         every = tuple(range(geometry.num_heads))
         layers = []
         for index in range(geometry.num_layers):
@@ -320,7 +320,7 @@ class DropScale(Method):
     def rank(self, view: StepView):
         scores = torch.zeros(*view.query.shape[:2], view.num_present)
         scores[..., : view.num_stored] = 1
-        return scores, None
+        return Ranking(scores)
 
 
 def test_eviction_of_a_scale(pipe, expected, cases):
@@ -353,7 +353,7 @@ def test_cache_that_keeps_everything_is_exact(heads, tokens, seed):
     plan = Plan(
         schedule,
         schedule.total,
-        (LayerPlan.from_limits(schedule, (tuple(range(heads)),), ("all",), (schedule.total,), "pre"),),
+        (LayerPlan.from_limits(schedule, (tuple(range(heads)),), ("all",), [(schedule.total,)] * len(schedule), "pre"),),
     )
     grouped, full = HeadGroupCache(plan, DropScale()), FullCache(schedule, 1)
     for length in schedule.lengths:

@@ -258,12 +258,12 @@ class Evaluation:
         return result
 
 
-def train(folder: Path, runs: Path, minutes: float, batch_size: int) -> Path:
+def train(folder: Path, runs: Path, minutes: float, batch_size: int, seed: int = 0) -> Path:
     """Trains for `minutes`, or for what is left of them, and returns the checkpoint with the averaged weights.
 
     A file tells that it has finished, since the checkpoint is there earlier.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     # Attention written out in bfloat16 is half as fast again as the fused CPU kernel with a mask.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     data, schedule = load_data(folder), Schedule.from_sides(PATCH_NUMS)
@@ -343,8 +343,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=here / "runs", help="folder of the tokenizer and of checkpoints")
     parser.add_argument("--minutes", type=float, default=100, help="training time, stops not counted")
     parser.add_argument("--batch-size", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches")
     arguments = parser.parse_args()
-    print(train(arguments.data, arguments.runs, arguments.minutes, arguments.batch_size))
+    print(train(arguments.data, arguments.runs, arguments.minutes, arguments.batch_size, arguments.seed))
 
 
 if __name__ == "__main__":

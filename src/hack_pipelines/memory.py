@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .activations import FP32, SAMPLING_BYTES, block_bytes, cache_work_bytes, decoder_bytes
-from .cache.budget import TokenBytes, budget_tokens
+from .cache.budget import TokenBytes, budget_tokens, make_plan
 from .cache.report import ORIGINAL_KEY_BYTES
 from .methods import Geometry, Plan, get_method
 from .models.autoencoder_bsq import MultiScaleBSQModel
@@ -354,15 +354,8 @@ def plan_of(request: Request, geometry: Geometry) -> Plan | None:
     if request.kv_budget is None:
         return None
     method, profile = get_method(request.method), even_profile(geometry)
-    token_bytes = TokenBytes(request.rows_per_image, request.dtype.itemsize)
-    budget = budget_tokens(request.kv_budget, geometry, token_bytes)
-    smallest = method.min_budget(geometry, profile)
-    if budget < smallest:
-        raise ValueError(
-            f"`kv_budget={request.kv_budget!r}` leaves {budget} tokens a head, but method {method.name!r} needs at least "
-            f"{smallest}: set `kv_budget` to {smallest} (tokens) or more."
-        )
-    return method.plan(geometry, budget, profile)
+    token_bytes = TokenBytes(request.rows_per_image, request.dtype.itemsize, method.metadata_bytes)
+    return make_plan(method, geometry, profile, token_bytes, request.kv_budget)
 
 
 def even_profile(geometry: Geometry) -> HeadProfile:

@@ -4,8 +4,13 @@ import math
 import re
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
-from ..methods.base import Geometry
+from ..methods.base import Geometry, Method, Plan
+
+
+if TYPE_CHECKING:
+    from ..profiles.head_profile import HeadProfile
 
 
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -26,15 +31,18 @@ class TokenBytes:
             1, or 2 with guidance.
         itemsize (`int`):
             Bytes of a stored element.
+        metadata (`int`, *optional*, defaults to 0):
+            Bytes that a token of a head needs beside its key and value.
     """
 
     rows_per_image: int
     itemsize: int
+    metadata: int = 0
 
     def per_token(self, geometry: Geometry) -> int:
         """Bytes of one token in all layers and heads of an image."""
-        channels = geometry.num_layers * geometry.num_heads * geometry.head_dim
-        return self.rows_per_image * channels * 2 * self.itemsize
+        of_a_head = geometry.head_dim * 2 * self.itemsize + self.metadata
+        return self.rows_per_image * geometry.num_layers * geometry.num_heads * of_a_head
 
 
 def budget_tokens(
@@ -79,3 +87,59 @@ def budget_tokens(
         raise ValueError(f"`{name}` must be {EXPECTED}, but is {budget!r}.{hint}")
     # The epsilon keeps 0.7 * 680 = 475.99999999999994 at 476 tokens.
     return math.floor(value * geometry.schedule.total + 1e-6)
+
+
+def make_plan(
+    method: Method,
+    geometry: Geometry,
+    profile: "HeadProfile | None",
+    token_bytes: TokenBytes,
+    kv_budget: float | int | str | None,
+    attention_budget: float | int | str | None = None,
+) -> Plan:
+    """
+    The plan of a method, after a look at the budgets.
+
+    Args:
+        method ([`Method`]):
+            Plans.
+        geometry (`Geometry`):
+            Of the model.
+        profile ([`HeadProfile`], *optional*):
+            Of the model.
+        token_bytes (`TokenBytes`):
+            What a token costs, for budgets in bytes.
+        kv_budget (`float`, `int` or `str`, *optional*):
+            What may stay stored between steps; `None` is all that a later step reads.
+        attention_budget (`float`, `int` or `str`, *optional*):
+            What a step may attend to; `None` is what the method does by itself.
+
+    Raises:
+        `TypeError`: if a budget is neither a number nor a string.
+        `ValueError`: if a budget cannot be met, with the smallest that can.
+    """
+    total = geometry.schedule.total
+    budget = geometry.schedule.cacheable if kv_budget is None else budget_tokens(kv_budget, geometry, token_bytes)
+    smallest = method.min_budget(geometry, profile)
+    if budget < smallest:
+        raise ValueError(
+            f"`kv_budget={kv_budget!r}` leaves {budget} tokens a head, but method {method.name!r} needs at least "
+            f"{smallest}: set `kv_budget` to {smallest} (tokens), {round(smallest / total + 5e-5, 4)} (of {total}) or "
+            f'"{smallest * token_bytes.per_token(geometry)}B" or more.'
+        )
+    if method.protocol != "decoupled":
+        if attention_budget is not None:
+            raise ValueError(
+                f"`attention_budget` is {attention_budget!r}, but method {method.name!r} ties what a step attends to to "
+                "what it stores: leave `attention_budget` out and set `kv_budget`."
+            )
+        return method.plan(geometry, budget, profile)
+    wanted = method.attention_budget if attention_budget is None else attention_budget
+    attended = total if wanted is None else budget_tokens(wanted, geometry, token_bytes, "attention_budget")
+    if attended < smallest:
+        raise ValueError(
+            f"`attention_budget={wanted!r}` leaves {attended} tokens a head, but method {method.name!r} needs at least "
+            f"{smallest}: set `attention_budget` to {smallest} (tokens) or {round(smallest / total + 5e-5, 4)} (of {total}) "
+            "or more."
+        )
+    return method.plan(geometry, budget, profile, attended)

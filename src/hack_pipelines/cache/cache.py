@@ -27,6 +27,9 @@ class Cache(ABC):
             Whether the second half of the rows are the unconditional ones of guidance.
     """
 
+    wants_projection: bool = False
+    """Whether [`~Cache.attend`] reads the bare projections of the queries."""
+
     def __init__(self, schedule: Schedule, num_layers: int, guided: bool = False):
         self.schedule = schedule
         self.num_layers = num_layers
@@ -40,6 +43,7 @@ class Cache(ABC):
         """Forget everything, as if no token had been seen."""
         self.seen_tokens = [0] * self.num_layers
         self.itemsize = 0
+        self._projection: torch.Tensor | None = None
         self._meter: CacheMeter | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -47,7 +51,13 @@ class Cache(ABC):
         return self.seen_tokens[layer_idx]
 
     def attend(
-        self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float = 1.0
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float = 1.0,
+        projection: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Attend from the tokens of a scale to them and to the history, and store what the next scale will need.
@@ -59,6 +69,9 @@ class Cache(ABC):
                 `[rows, heads, n_k, head_dim]`, all of the dtype that attention reads.
             scale (`float`, *optional*, defaults to 1.0):
                 Factor of the logits.
+            projection (`torch.Tensor`, *optional*):
+                Projections of the queries before bias, normalisation and rotation, `[rows, heads, n_k, head_dim]`, for
+                caches with `wants_projection`.
 
         Returns:
             `torch.Tensor`: `[rows, heads, n_k, head_dim]`.
@@ -67,13 +80,17 @@ class Cache(ABC):
             `ValueError`: if the number of tokens is not that of the scale that the layer is at.
         """
         step = self._step_of(layer_idx, key.shape[2])
+        self._projection = projection
         output, attended = self._attend(layer_idx, step, query, key, value, scale)
+        self._projection = None
         self.seen_tokens[layer_idx] += key.shape[2]
         self.itemsize = value.element_size()
         if self._meter is None:
             rows, heads, _, head_dim = key.shape
             self._meter = CacheMeter(self.num_layers, heads, head_dim, rows, rows // 2 if self.guided else rows)
-        self._meter.commit(layer_idx, step, self._tensors(layer_idx), attended, key.shape[2])
+        self._meter.commit(
+            layer_idx, step, self._tensors(layer_idx), self._metadata(layer_idx), attended, key.shape[2]
+        )
         return output
 
     def report(self) -> CacheReport:
@@ -103,6 +120,10 @@ class Cache(ABC):
     @abstractmethod
     def _tensors(self, layer_idx: int) -> Iterator[torch.Tensor]:
         """Every key and value tensor that a layer holds."""
+
+    def _metadata(self, layer_idx: int) -> Iterator[torch.Tensor]:
+        """Every tensor that a layer holds beside keys and values, such as ids, scores and factors of a quantiser."""
+        return iter(())
 
 
 class FullCache(Cache):

@@ -32,7 +32,7 @@ class CacheReport:
         attention_flops (`int`):
             Multiplications and additions of all attention products, without the softmax.
         bytes_logical_peak (`int`):
-            Bytes of keys and values at the worst boundary, from shapes and dtypes.
+            Bytes of all that is stored at the worst boundary, from shapes and dtypes.
         bytes_allocated_peak (`int`):
             The same from the storages behind them; a view counts all that it keeps alive.
         bytes_full (`int`):
@@ -42,7 +42,7 @@ class CacheReport:
             Bytes of all tokens that a later step reads, in the stored dtype: what is left when only the lossless savings
             are made.
         metadata_bytes (`int`):
-            Bytes stored beside keys and values at the worst boundary.
+            How many of them are neither keys nor values: ids, scores, factors of a quantiser.
         cuda_peak_delta (`int`, *optional*):
             Rise of the allocated GPU memory during the whole call, for the whole batch. `None` where there is no GPU, or
             where the call did not exceed an earlier peak of the process.
@@ -92,18 +92,26 @@ class CacheMeter:
     head_dim: int
     rows: int
     images: int
-    layer_tokens: list[int] = field(init=False)
-    layer_bytes: list[tuple[int, int]] = field(init=False)
-    boundaries: list[tuple[int, int, int]] = field(init=False, default_factory=list)
-    checkpoint_peak: int = field(init=False, default=0)
-    attended: list[int] = field(init=False, default_factory=list)
+    layer_tokens: list[float] = field(init=False)
+    layer_bytes: list[tuple[int, int, int]] = field(init=False)
+    boundaries: list[tuple[float, int, int, int]] = field(init=False, default_factory=list)
+    checkpoint_peak: float = field(init=False, default=0)
+    attended: list[float] = field(init=False, default_factory=list)
     flops: int = field(init=False, default=0)
 
     def __post_init__(self):
         self.layer_tokens = [0] * self.num_layers
-        self.layer_bytes = [(0, 0)] * self.num_layers
+        self.layer_bytes = [(0, 0, 0)] * self.num_layers
 
-    def commit(self, layer: int, step: int, tensors: Iterable[torch.Tensor], attended: int, queries: int):
+    def commit(
+        self,
+        layer: int,
+        step: int,
+        tensors: Iterable[torch.Tensor],
+        metadata: Iterable[torch.Tensor],
+        attended: float,
+        queries: int,
+    ):
         """
         Take note of a layer that has finished a step.
 
@@ -114,23 +122,31 @@ class CacheMeter:
                 Index of the scale.
             tensors (`Iterable[torch.Tensor]`):
                 Every key and value tensor that the layer now holds, `[rows, heads, tokens, head_dim]`.
-            attended (`int`):
-                Keys that a query saw, summed over the heads.
+            metadata (`Iterable[torch.Tensor]`):
+                Every other tensor that it holds.
+            attended (`float`):
+                Keys that a query saw, summed over the heads, a mean over the rows.
             queries (`int`):
                 Tokens of the scale.
         """
-        tensors = list(tensors)
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        self.layer_tokens[layer] = sum(tensor.shape[1] * tensor.shape[2] for tensor in tensors) // 2
-        self.layer_bytes[layer] = (sum(tensor.nbytes for tensor in tensors), sum(storages.values()))
+        tensors, beside = list(tensors), list(metadata)
+        held = tensors + beside
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+        # Keys and values hold the same tokens.
+        self.layer_tokens[layer] = sum(tensor.shape[:3].numel() for tensor in tensors) / 2 / self.rows
+        self.layer_bytes[layer] = (
+            sum(tensor.nbytes for tensor in held),
+            sum(storages.values()),
+            sum(tensor.nbytes for tensor in beside),
+        )
         self.checkpoint_peak = max(self.checkpoint_peak, sum(self.layer_tokens))
         if len(self.attended) <= step:
             self.attended.append(0)
         self.attended[step] += attended
-        self.flops += 4 * self.head_dim * self.rows * queries * attended // self.images
+        self.flops += round(4 * self.head_dim * self.rows * queries * attended) // self.images
         if layer == self.num_layers - 1:
-            logical, allocated = (sum(column) for column in zip(*self.layer_bytes))
-            self.boundaries.append((sum(self.layer_tokens), logical, allocated))
+            logical, allocated, metadata_bytes = (sum(column) for column in zip(*self.layer_bytes))
+            self.boundaries.append((sum(self.layer_tokens), logical, allocated, metadata_bytes))
 
     def report(self, total: int, cacheable: int, itemsize: int) -> CacheReport:
         """
@@ -144,7 +160,8 @@ class CacheMeter:
         """
         heads = self.num_layers * self.num_heads
         boundaries = self.boundaries[:-1] if self.boundaries and self.boundaries[-1][0] == 0 else self.boundaries
-        tokens = [count / heads for count, _, _ in boundaries]
+        tokens = [boundary[0] / heads for boundary in boundaries]
+        _, logical, allocated, metadata_bytes = (max(column) for column in zip((0.0, 0, 0, 0), *boundaries))
         channels = self.rows * heads * self.head_dim // self.images
         return CacheReport(
             tokens_by_step=tokens,
@@ -153,10 +170,11 @@ class CacheMeter:
             checkpoint_peak_tokens=self.checkpoint_peak / heads,
             attended_by_step=[count / heads for count in self.attended],
             attention_flops=self.flops,
-            bytes_logical_peak=max((logical for _, logical, _ in boundaries), default=0) // self.images,
-            bytes_allocated_peak=max((allocated for _, _, allocated in boundaries), default=0) // self.images,
+            bytes_logical_peak=logical // self.images,
+            bytes_allocated_peak=allocated // self.images,
             bytes_full=total * channels * (ORIGINAL_KEY_BYTES + itemsize),
             bytes_full_cacheable=cacheable * channels * 2 * itemsize,
+            metadata_bytes=metadata_bytes // self.images,
         )
 
 

@@ -1,6 +1,7 @@
 """Compression methods, one file each, and the list of them."""
 
-from .base import Geometry, LayerPlan, Method, Plan, StepView
+from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView
+from .full import Full
 from .hack import HACK
 from .random import Random
 from .scale_window import ScaleWindow
@@ -28,11 +29,13 @@ def get_method(method: str | Method) -> Method:
 __all__ = [
     "METHODS",
     "HACK",
+    "Full",
     "Geometry",
     "LayerPlan",
     "Method",
     "Plan",
     "Random",
+    "Ranking",
     "ScaleWindow",
     "StepView",
     "get_method",

@@ -1,8 +1,9 @@
 """What a compression method is: it plans how much is kept, and ranks what is there."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
@@ -13,8 +14,11 @@ if TYPE_CHECKING:
     from ..profiles.head_profile import HeadProfile
 
 
-# Keys of a head that are scored at once.
+# Keys of a head, and queries, that are scored at once.
 SCORED_KEYS = 1024
+SCORED_QUERIES = 256
+# Bytes of a token of a head beside its key and value.
+ID_BYTES, SCORE_BYTES = 2, 4
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,19 @@ class LayerPlan:
         schedule: Schedule,
         groups: tuple[tuple[int, ...], ...],
         labels: tuple[str, ...],
-        limits: tuple[int, ...],
+        limits: Sequence[Sequence[int]],
         protocol: str,
     ) -> "LayerPlan":
-        """A plan that holds at most `limits[g]` tokens for each head of group `g`; `"pre"` attends to no more either."""
+        """
+        A plan that holds at most `limits[k][g]` tokens for each head of group `g` after step `k`; `"pre"` attends to no
+        more either.
+        """
         attend: list[tuple[int, ...]] = []
         store: list[tuple[int, ...]] = []
         stored = (0,) * len(groups)
         for step, length in enumerate(schedule.lengths):
             present = tuple(count + length for count in stored)
-            kept = tuple(min(count, limit) for count, limit in zip(present, limits))
+            kept = tuple(min(count, limit) for count, limit in zip(present, limits[step]))
             attend.append(kept if protocol == "pre" else present)
             stored = kept if step < len(schedule) - 1 else (0,) * len(groups)
             store.append(stored)
@@ -113,6 +120,44 @@ class Plan:
                 raise ValueError(
                     f"The plan holds {held} head-tokens after step {step} but the budget of {self.budget} allows {allowed}."
                 )
+
+    def strict(self) -> "Plan":
+        """
+        The plan that keeps its budget at every checkpoint too, not only between steps.
+
+        Layers that grow in a step may commit before layers that shrink. Those layers, last ones first, store less after
+        the step before, down to what they will hold anyway, until what is held fits after each layer of the step.
+        """
+        store = [[list(counts) for counts in layer.store] for layer in self.layers]
+        sizes = [[len(group) for group in layer.groups] for layer in self.layers]
+        allowed = self.budget * sum(map(sum, sizes))
+
+        def held(layer: int, step: int) -> int:
+            return sum(size * count for size, count in zip(sizes[layer], store[layer][step]))
+
+        for step in range(len(self.schedule) - 1, 0, -1):
+            total = sum(held(layer, step - 1) for layer in range(len(store)))
+            worst = total
+            for layer in range(len(store)):
+                total += held(layer, step) - held(layer, step - 1)
+                worst = max(worst, total)
+            excess = worst - allowed
+            for layer in range(len(store) - 1, -1, -1):
+                for group, size in enumerate(sizes[layer]):
+                    spare = store[layer][step - 1][group] - store[layer][step][group]
+                    if excess > 0 and spare > 0:
+                        cut = min(spare, -(-excess // size))
+                        store[layer][step - 1][group] -= cut
+                        excess -= cut * size
+        layers = []
+        for layer, counts in zip(self.layers, store):
+            present = [
+                [(counts[step - 1][group] if step else 0) + length for group in range(len(layer.groups))]
+                for step, length in enumerate(self.schedule.lengths)
+            ]
+            attend = tuple(tuple(map(min, wanted, there)) for wanted, there in zip(layer.attend, present))
+            layers.append(replace(layer, attend=attend, store=tuple(map(tuple, counts))))
+        return replace(self, layers=tuple(layers))
 
     def _check_layer(self, index: int, layer: LayerPlan):
         heads = sorted(head for group in layer.groups for head in group)
@@ -155,10 +200,19 @@ class StepView:
             Of the current scale, `[rows, heads, n_k, head_dim]`.
         stored_key, stored_value (`torch.Tensor`):
             History, `[rows, heads, stored, head_dim]`, in ascending id order.
+        attend, store (`int`):
+            Tokens that a head attends to in this step, and that it holds afterwards.
         scale (`float`):
             Factor of the logits.
         guided (`bool`):
             Whether the second half of the rows are the unconditional ones of guidance.
+        stored_ids (`torch.Tensor`, *optional*):
+            Ids of the history, `[rows, heads, stored]`, for methods that need them; `None` while nothing has left.
+        stored_carried (`torch.Tensor`, *optional*):
+            What the method's rankings of earlier steps gave each token of the history to carry, `[rows, heads, stored]` in
+            float32.
+        projection (`torch.Tensor`, *optional*):
+            The bare projections of the queries, `[rows, heads, n_k, head_dim]`, for methods that need them.
     """
 
     schedule: Schedule
@@ -172,8 +226,13 @@ class StepView:
     value: torch.Tensor
     stored_key: torch.Tensor
     stored_value: torch.Tensor
+    attend: int
+    store: int
     scale: float
     guided: bool
+    stored_ids: torch.Tensor | None = None
+    stored_carried: torch.Tensor | None = None
+    projection: torch.Tensor | None = None
 
     @property
     def num_stored(self) -> int:
@@ -190,24 +249,80 @@ class StepView:
         """Whether this is the last scale."""
         return self.step == len(self.schedule) - 1
 
-    def attention_columns(self, positions: torch.Tensor) -> torch.Tensor:
-        """
-        Attention that each present token gets from some of the current queries, summed over them.
+    @property
+    def num_kept(self) -> int:
+        """Tokens that the first selection of the step leaves: those attended to, or where that is all, those stored."""
+        return self.attend if self.attend < self.num_present or not self.store else self.store
 
-        The softmax runs over all present tokens. History and current keys are multiplied apart and a chunk at a time, so
-        that they are never joined, nor copied to float32 as a whole.
+    @property
+    def ids(self) -> torch.Tensor:
+        """Ids of the present tokens, `[rows, heads, present]`, ascending; for methods with `needs_ids`."""
+        rows, heads, count, _ = self.key.shape
+        first = self.schedule.prefixes[self.step]
+        stored = self.stored_ids
+        if stored is None:
+            stored = torch.arange(self.num_stored, device=self.key.device).expand(rows, heads, -1)
+        current = torch.arange(first, first + count, device=self.key.device).expand(rows, heads, -1)
+        return torch.cat((stored.long(), current), dim=-1)
+
+    def attention_rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """
+        Attention of some of the current queries to all present tokens.
+
+        History and current keys are multiplied apart and a chunk at a time, so that they are never joined, nor copied to
+        float32 as a whole.
 
         Args:
             positions (`torch.Tensor`):
                 Which of the current queries, `[observed]`.
 
         Returns:
-            `torch.Tensor`: `[rows, heads, present]` in float32.
+            `torch.Tensor`: `[rows, heads, observed, present]` in float32; rows sum to 1.
         """
         query = self.query[:, :, positions].float() * self.scale
         keys = [part for key in (self.stored_key, self.key) for part in key.split(SCORED_KEYS, dim=2)]
         logits = torch.cat([query @ key.float().transpose(-1, -2) for key in keys], dim=-1)
-        return logits.softmax(-1).sum(2)
+        return logits.softmax(-1)
+
+    def attention_columns(self, positions: torch.Tensor) -> torch.Tensor:
+        """
+        Attention that each present token gets from some of the current queries, summed over them.
+
+        Args:
+            positions (`torch.Tensor`):
+                Which of the current queries, `[observed]`; they are taken a chunk at a time.
+
+        Returns:
+            `torch.Tensor`: `[rows, heads, present]` in float32.
+        """
+        parts = positions.split(SCORED_QUERIES)
+        total = self.attention_rows(parts[0]).sum(2)
+        for part in parts[1:]:
+            total += self.attention_rows(part).sum(2)
+        return total
+
+
+class Ranking(NamedTuple):
+    """
+    How a method orders the present tokens.
+
+    Args:
+        scores (`torch.Tensor`):
+            Finite, `[rows, heads, present]` in float32; of equal scores the token with the smaller id is better.
+        tiers (`torch.Tensor`, *optional*):
+            Integers from 0 to 7, `[present]` or `[rows, heads, present]`: tokens of a higher tier go before all of a lower
+            one.
+        carried (`torch.Tensor`, *optional*):
+            What each token carries to the next step, `[rows, heads, present]` in float32, for methods with
+            `carries_scores`.
+        store_scores (`torch.Tensor`, *optional*):
+            Scores that decide what is stored, where they are not those that decide what is attended to.
+    """
+
+    scores: torch.Tensor
+    tiers: torch.Tensor | None = None
+    carried: torch.Tensor | None = None
+    store_scores: torch.Tensor | None = None
 
 
 class Method(ABC):
@@ -222,38 +337,90 @@ class Method(ABC):
     name: ClassVar[str]
     """What `method="..."` calls it."""
     protocol: str
-    """`"pre"`: what a step attends to is what it stores; `"post"`: it attends to all and stores a part."""
+    """
+    `"pre"`: what a step attends to is what it stores. `"post"`: it attends to all that is there and stores a part.
+    `"decoupled"`: both are parts of what is there, with a budget each. `"static"`: a plan made before the first step says
+    which tokens are stored.
+    """
     needs_profile: ClassVar[bool] = False
     """Whether planning reads a head profile."""
+    profile_arrays: ClassVar[tuple[str, ...]] = ()
+    """Which arrays of the profile it reads."""
+    needs_ids: ClassVar[bool] = False
+    """Whether ranking reads the ids of the tokens."""
+    carries_scores: ClassVar[bool] = False
+    """Whether a ranking builds on those of earlier steps, so that every step is ranked and the tokens carry a number."""
+    needs_projection: ClassVar[bool] = False
+    """Whether ranking reads the bare projections of the queries."""
     source: ClassVar[str]
     """Where the method was published."""
+    attention_budget: float | int | str | None = None
+    """What a step may attend to where the caller does not say, for the `"decoupled"` protocol."""
+
+    @property
+    def plans_by_row(self) -> bool:
+        """Whether lengths depend on what is drawn, see [`~Method.replan`], so that every row needs a plan of its own."""
+        return False
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes that a token of a head needs beside its key and value."""
+        return ID_BYTES * self.needs_ids + SCORE_BYTES * self.carries_scores
 
     @abstractmethod
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
         """The smallest budget, in tokens per head, that the method can work with."""
 
     @abstractmethod
-    def plan(self, geometry: Geometry, budget: int, profile: "HeadProfile | None") -> Plan:
-        """Lengths for a budget of at least [`~Method.min_budget`] tokens per head."""
+    def plan(
+        self,
+        geometry: Geometry,
+        budget: int,
+        profile: "HeadProfile | None",
+        attention_budget: int | None = None,
+    ) -> Plan:
+        """
+        Lengths for a budget of at least [`~Method.min_budget`] tokens per head.
+
+        Args:
+            geometry ([`Geometry`]):
+                Of the model.
+            budget (`int`):
+                Tokens that may stay stored between steps, averaged over layers and heads.
+            profile ([`HeadProfile`], *optional*):
+                Of the model.
+            attention_budget (`int`, *optional*):
+                Tokens that a head may attend to in a step, for the `"decoupled"` protocol; `None` is no limit.
+        """
 
     @abstractmethod
-    def rank(self, view: StepView) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Order the tokens that are present, called when some of them have to go.
+    def rank(self, view: StepView) -> Ranking:
+        """Order the tokens that are present, called when some of them have to go."""
 
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: finite scores `[rows, heads, present]` in float32, and the tier
-            `[present]` of each token, an integer from 0 to 7: tokens of a higher tier go before all of a lower one.
+    def replan(self, view: StepView, layer: LayerPlan) -> LayerPlan | None:
         """
+        A new plan for a layer, from what it attends to in this step on; called at every step of methods with
+        `plans_by_row`, before anything is ranked.
+
+        Args:
+            view ([`StepView`]):
+                The step, with all heads of the layer and one row.
+            layer ([`LayerPlan`]):
+                The plan so far.
+        """
+        return None
 
     def merge(
         self, view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Fold what is dropped before attention into what stays; by default nothing is.
+        Fold what is dropped into what stays; by default nothing is, and the same tensors come back.
+
+        Called once for what a step attends to, where that is a part, and once for what it stores, where that is another
+        part.
 
         Args:
-            view (`StepView`):
+            view ([`StepView`]):
                 The step.
             kept (`torch.Tensor`):
                 Positions that stay among the present tokens, `[rows, heads, kept]`, ascending.
@@ -265,9 +432,17 @@ class Method(ABC):
 
 def uniform_plan(geometry: Geometry, budget: int, protocol: str) -> Plan:
     """The plan that gives every head the same budget, as the head-agnostic methods do."""
+    return layer_plan(geometry, budget, [[budget] * len(geometry.schedule)] * geometry.num_layers, protocol)
+
+
+def layer_plan(geometry: Geometry, budget: int, limits: Sequence[Sequence[int]], protocol: str) -> Plan:
+    """The plan that gives all heads of layer `l` the budget `limits[l][k]` after step `k`."""
     heads = tuple(range(geometry.num_heads))
-    layer = LayerPlan.from_limits(geometry.schedule, (heads,), ("all",), (budget,), protocol)
-    return Plan(geometry.schedule, budget, (layer,) * geometry.num_layers)
+    layers = {
+        tuple(own): LayerPlan.from_limits(geometry.schedule, (heads,), ("all",), [(limit,) for limit in own], protocol)
+        for own in limits
+    }
+    return Plan(geometry.schedule, budget, tuple(layers[tuple(own)] for own in limits))
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 
-from .base import Geometry, LayerPlan, Method, Plan, StepView, check_choice
+from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice
 from .selection import observed_positions
 
 
@@ -55,6 +55,7 @@ class HACK(Method):
 
     name: ClassVar[str] = "hack"
     needs_profile: ClassVar[bool] = True
+    profile_arrays: ClassVar[tuple[str, ...]] = ("colvar",)
     source: ClassVar[str] = "arXiv 2504.09261"
 
     alpha: float = 0.5
@@ -116,7 +117,13 @@ class HACK(Method):
                 return budget
         return geometry.schedule.total
 
-    def plan(self, geometry: Geometry, budget: int, profile: "HeadProfile | None") -> Plan:
+    def plan(
+        self,
+        geometry: Geometry,
+        budget: int,
+        profile: "HeadProfile | None",
+        attention_budget: int | None = None,
+    ) -> Plan:
         types = self._contextual(geometry, profile)
         num_contextual = int(types.sum())
         limits = dict(
@@ -137,13 +144,13 @@ class HACK(Method):
                     geometry.schedule,
                     tuple(members[label] for label in labels),
                     labels,
-                    tuple(limits[label] for label in labels),
+                    [tuple(limits[label] for label in labels)] * len(geometry.schedule),
                     self.protocol,
                 )
             )
         return Plan(geometry.schedule, budget, tuple(layers))
 
-    def rank(self, view: StepView) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def rank(self, view: StepView) -> Ranking:
         positions = observed_positions(
             view.schedule.sizes[view.step], self.n_obs, self.query_sampling, view.query.device
         )
@@ -151,13 +158,13 @@ class HACK(Method):
         if self.cfg_sets == "from_cond" and view.guided:
             scores = scores[: len(scores) // 2].repeat(2, 1, 1)
         protected_label = {"matched": STRUCTURAL, "swapped": CONTEXTUAL}.get(self.rules)
-        return scores, self._structural_tiers(view) if view.label == protected_label else None
+        return Ranking(scores, self._structural_tiers(view) if view.label == protected_label else None)
 
     def merge(
         self, view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = self.merge_at == "every" or (self.merge_at == "final" and view.is_last)
-        if not wanted or view.label != CONTEXTUAL:
+        if not wanted or view.label != CONTEXTUAL or self.protocol == "post":
             return key, value
         return merge_by_cosine(view, kept, key, value)
 

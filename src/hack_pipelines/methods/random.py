@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .base import Geometry, Method, Plan, StepView, check_choice, uniform_plan
+from .base import Geometry, Method, Plan, Ranking, StepView, check_choice, uniform_plan
 
 
 if TYPE_CHECKING:
@@ -36,10 +36,16 @@ class Random(Method):
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
         return sum(geometry.schedule.lengths[:2]) + 1
 
-    def plan(self, geometry: Geometry, budget: int, profile: "HeadProfile | None") -> Plan:
+    def plan(
+        self,
+        geometry: Geometry,
+        budget: int,
+        profile: "HeadProfile | None",
+        attention_budget: int | None = None,
+    ) -> Plan:
         return uniform_plan(geometry, budget, self.protocol)
 
-    def rank(self, view: StepView) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def rank(self, view: StepView) -> Ranking:
         generator = torch.Generator().manual_seed((self.seed * 1_000 + view.layer) * 1_000 + view.step)
         scores = torch.rand(len(view.heads), view.num_present, generator=generator)
-        return scores.to(view.query.device).expand(len(view.query), -1, -1), None
+        return Ranking(scores.to(view.query.device).expand(len(view.query), -1, -1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..schedule import Schedule
-from .base import Geometry, Method, Plan, StepView, check_choice, uniform_plan
+from .base import Geometry, Method, Plan, Ranking, StepView, check_choice, uniform_plan
 
 
 if TYPE_CHECKING:
@@ -41,16 +41,22 @@ class ScaleWindow(Method):
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
         return sum(geometry.schedule.lengths[:CONDENSED_SCALES]) + 1
 
-    def plan(self, geometry: Geometry, budget: int, profile: "HeadProfile | None") -> Plan:
+    def plan(
+        self,
+        geometry: Geometry,
+        budget: int,
+        profile: "HeadProfile | None",
+        attention_budget: int | None = None,
+    ) -> Plan:
         return uniform_plan(geometry, budget, self.protocol)
 
-    def rank(self, view: StepView) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def rank(self, view: StepView) -> Ranking:
         kept = kept_ids(view.schedule, view.budget, view.step)
         before = kept_ids(view.schedule, view.budget, view.step - 1) if view.step else frozenset()
         first = view.schedule.prefixes[view.step]
         present = sorted(before) + list(range(first, first + view.schedule.lengths[view.step]))
         scores = torch.tensor([float(token in kept) for token in present], device=view.query.device)
-        return scores.expand(*view.query.shape[:2], -1), None
+        return Ranking(scores.expand(*view.query.shape[:2], -1))
 
 
 @lru_cache(maxsize=1024)

@@ -20,7 +20,7 @@ def top(scores: torch.Tensor, count: int, tiers: torch.Tensor | None = None) -> 
         count (`int`):
             How many to take.
         tiers (`torch.Tensor`, *optional*):
-            `[tokens]`, integers from 0 to 7.
+            `[tokens]` or `[..., tokens]`, integers from 0 to 7.
 
     Returns:
         `torch.Tensor`: `[..., count]`, ascending.
@@ -46,7 +46,7 @@ def count_before(position: int, count: int, present: int, tiers: torch.Tensor | 
     """
     if position == 0:
         return 0
-    if tiers is None:
+    if tiers is None or tiers.ndim > 1:
         return None
     before = tiers[:position].bincount(minlength=8).tolist()
     beyond = tiers[position:].bincount(minlength=8).tolist()

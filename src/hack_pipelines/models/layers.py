@@ -21,16 +21,16 @@ class Linear(nn.Linear):
     that is where hooks (offload, layerwise casting) have put the weights into their place and dtype.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input.to(self.weight.dtype))
+    def forward(self, input: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+        return F.linear(input.to(self.weight.dtype), self.weight, self.bias if with_bias else None)
 
 
 class LinearFP32(Linear):
     """A linear layer that autocast must not touch; float32 out."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input).float()
+            return super().forward(input, with_bias).float()
 
 
 def modulated_norm(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
@@ -67,6 +67,11 @@ class ScaleAttention(nn.Module):
     ) -> torch.Tensor:
         projected = self.to_qkv(hidden_states).unflatten(-1, (3, self.heads, -1))
         query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        extra = {}
+        if kv_cache is not None and kv_cache.wants_projection:
+            # Through the layer once more: its weights may be elsewhere outside of its own call.
+            bare = self.to_qkv(hidden_states, with_bias=False).unflatten(-1, (3, self.heads, -1))
+            extra["projection"] = bare[:, :, 0].transpose(1, 2)
         if self.log_scale is not None:
             # In half precision the original takes the minimum in the parameter's dtype, which lowers the cap.
             temperature = self.log_scale.clamp_max(MAX_LOG_SCALE).float().exp()
@@ -79,7 +84,7 @@ class ScaleAttention(nn.Module):
         if kv_cache is None:
             attended = attention(query, key, value, self.logit_scale, mask)
         else:
-            attended = kv_cache.attend(self.layer_idx, query, key, value, self.logit_scale)
+            attended = kv_cache.attend(self.layer_idx, query, key, value, self.logit_scale, **extra)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 

@@ -10,14 +10,14 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 
-from ..cache.budget import TokenBytes, budget_tokens
-from ..cache.cache import Cache, FullCache
-from ..cache.head_group import HeadGroupCache
+from ..cache import Cache, FullCache, make_cache
+from ..cache.budget import TokenBytes, make_plan
 from ..cache.report import CudaPeak
+from ..cache.storage import get_storage
 from ..convert import load_original
 from ..hub.checks import check_weights, read_json
 from ..hub.sources import locate
-from ..methods import Geometry, Method, get_method
+from ..methods import Full, Geometry, Method, get_method
 from ..profiles.head_profile import HeadProfile
 from ..schedule import Schedule
 from .pipeline_output import HackVARPipelineOutput
@@ -249,7 +249,7 @@ class HackVARPipeline(DiffusionPipeline):
                 What a step may attend to; only for methods that separate it from `kv_budget`.
             method (`str` or [`Method`], *optional*, defaults to `"hack"`):
                 How tokens are chosen.
-            kv_dtype (`str`, *optional*):
+            kv_dtype (`"int8"`, *optional*):
                 Storage type of keys and values. `None` is the type that attention reads.
             guided (`bool`, *optional*, defaults to `True`):
                 Whether there are unconditional rows.
@@ -260,40 +260,33 @@ class HackVARPipeline(DiffusionPipeline):
             `TypeError`: if a budget is neither a number nor a string.
             `ValueError`: if a budget cannot be met, with the smallest that can.
         """
-        method = get_method(method)
-        if kv_dtype is not None:
-            raise ValueError(f"`kv_dtype` must be None, the dtype that attention reads, but is {kv_dtype!r}.")
-        if attention_budget is not None:
-            raise ValueError(
-                f"`attention_budget` is {attention_budget!r}, but method {method.name!r} ties what a step attends to to "
-                "what it stores: leave `attention_budget` out and set `kv_budget`."
-            )
-        geometry = self.geometry(schedule)
-        if kv_budget is None:
-            return FullCache(geometry.schedule, geometry.num_layers, guided)
-        token_bytes = TokenBytes(2 if guided else 1, self._stored_dtype().itemsize)
-        budget = budget_tokens(kv_budget, geometry, token_bytes)
-        profile = self._profile_for(method)
-        smallest = method.min_budget(geometry, profile)
-        if budget < smallest:
-            total = geometry.schedule.total
-            raise ValueError(
-                f"`kv_budget={kv_budget!r}` leaves {budget} tokens a head, but method {method.name!r} needs at least "
-                f"{smallest}: set `kv_budget` to {smallest} (tokens), {round(smallest / total + 5e-5, 4)} (of {total}) or "
-                f'"{smallest * token_bytes.per_token(geometry)}B" or more.'
-            )
-        return HeadGroupCache(method.plan(geometry, budget, profile), method, guided)
+        method, storage, geometry = get_method(method), get_storage(kv_dtype), self.geometry(schedule)
+        if kv_budget is None and attention_budget is None:
+            if kv_dtype is None:
+                return FullCache(geometry.schedule, geometry.num_layers, guided)
+            method = Full()
+        token_bytes = TokenBytes(
+            rows_per_image=2 if guided else 1,
+            itemsize=storage.itemsize(self._attention_dtype()),
+            metadata=storage.metadata_bytes + method.metadata_bytes,
+        )
+        profile = self._profile_for(method, geometry.schedule)
+        plan = make_plan(method, geometry, profile, token_bytes, kv_budget, attention_budget)
+        return make_cache(plan, method, guided, storage)
 
-    def _stored_dtype(self) -> torch.dtype:
+    def _attention_dtype(self) -> torch.dtype:
+        """The dtype of keys and values as attention reads them."""
         device_type = self._execution_device.type
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.transformer.dtype
 
-    def _profile_for(self, method: Method) -> HeadProfile | None:
+    def _profile_for(self, method: Method, schedule: Schedule) -> HeadProfile | None:
         """The profile that a method plans with; one made from a fixed input where none was attached."""
-        if not method.needs_profile or self.head_profile is not None:
-            return self.head_profile
+        if not method.needs_profile:
+            return None
+        if self.head_profile is not None:
+            return self.head_profile.for_schedule(schedule)
         if self._fallback_profile is None:
             from ..calibration.calibrate import calibrate
 
@@ -304,7 +297,7 @@ class HackVARPipeline(DiffusionPipeline):
             self._fallback_profile = calibrate(
                 self, num_samples=1, seed=0, progress=False, schedule=self.fallback_schedule
             )
-        return self._fallback_profile
+        return self._fallback_profile.for_schedule(schedule)
 
     @abstractmethod
     def predict(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,42 @@ class HeadProfile(
         shapes = statistic_shapes(num_layers, num_heads, len(self.schedule))
         self.mean = checked_arrays("mean", mean, shapes)
         self.variance = checked_arrays("variance", variance, shapes)
+
+    def for_schedule(self, schedule: Schedule) -> "HeadProfile":
+        """
+        The profile as a drawing with another schedule of the same model reads it.
+
+        A schedule with as many scales is read scale by scale. For one with more or fewer, every scale takes the statistics
+        of the recorded scale whose number of tokens is nearest on a logarithmic scale, the larger of two; of the attention
+        mass, what a token of a source scale got is taken over, and each row is scaled to a sum of 1.
+
+        Args:
+            schedule (`Schedule`):
+                What is drawn.
+        """
+        if len(schedule) == len(self.schedule):
+            return self
+        recorded = torch.tensor(self.schedule.lengths, dtype=torch.float64).log()
+        wanted = torch.tensor(schedule.lengths, dtype=torch.float64).log()
+        # Reversed, so that the larger of two equally near scales is the first.
+        distances = (wanted[:, None] - recorded.flip(0)[None]).abs()
+        nearest = len(self.schedule) - 1 - distances.argmin(1)
+        resampled = copy(self)
+        resampled.schedule = schedule
+        resampled.mean, resampled.variance = (
+            {name: self._resampled(name, array, nearest, schedule) for name, array in arrays.items()}
+            for arrays in (self.mean, self.variance)
+        )
+        return resampled
+
+    def _resampled(self, name: str, array: torch.Tensor, nearest: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+        """An array whose third dimension, and for `mass` the fourth, is taken from other scales."""
+        array = array[:, :, nearest]
+        if name != "mass":
+            return array
+        per_token = array[..., nearest] / torch.tensor(self.schedule.lengths)[nearest]
+        mass = (per_token * torch.tensor(schedule.lengths)).tril()
+        return mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
 
     @property
     def num_samples(self) -> int:
