@@ -110,6 +110,7 @@ class HeadGroupCache(Cache):
         super().reset()
         self.layer_plans = list(self.plan.layers)
         self.groups: list[list[HeadGroup]] = [[] for _ in range(self.num_layers)]
+        self._tables = dict(self.plan.tables)
         self._non_finite: dict[torch.device, torch.Tensor] = {}
 
     def _tensors(self, layer_idx):
@@ -124,6 +125,8 @@ class HeadGroupCache(Cache):
         current = query, key, value
         if not self.groups[layer_idx]:
             self.groups[layer_idx] = [self._whole(layer_idx, key, value)]
+            # A layer that lives on another device brings them there.
+            self._tables = {name: table.to(key.device) for name, table in self._tables.items()}
         if self.method.plans_by_row:
             self._replan(layer_idx, step, current, scale)
         groups = self.groups[layer_idx] = self._split(layer_idx, step)
@@ -213,6 +216,7 @@ class HeadGroupCache(Cache):
             guided=self.guided,
             stored_ids=held.ids[0].squeeze(-1) if held.ids else None,
             stored_carried=held.carried[0].squeeze(-1) if held.carried else None,
+            tables={name: table[layer_idx].index_select(0, group.index) for name, table in self._tables.items()},
             projection=projection,
         )
 

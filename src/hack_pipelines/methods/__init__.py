@@ -3,11 +3,22 @@
 from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView
 from .full import Full
 from .hack import HACK
+from .hack_plus_plus import HACKPlusPlus
+from .headkv import HeadKV
 from .random import Random
 from .scale_window import ScaleWindow
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (HACK, Random, ScaleWindow)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        HACK,
+        HACKPlusPlus,
+        HeadKV,
+        Random,
+        ScaleWindow,
+    )
+}
 
 
 def get_method(method: str | Method) -> Method:
@@ -31,6 +42,8 @@ __all__ = [
     "HACK",
     "Full",
     "Geometry",
+    "HACKPlusPlus",
+    "HeadKV",
     "LayerPlan",
     "Method",
     "Plan",

@@ -1,8 +1,8 @@
 """What a compression method is: it plans how much is kept, and ranks what is there."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -101,11 +101,14 @@ class Plan:
             Tokens that may stay stored between steps, averaged over layers and heads.
         layers (`tuple[LayerPlan, ...]`):
             One entry a layer.
+        tables (`Mapping[str, torch.Tensor]`, *optional*):
+            What ranking needs of the profile, `[layers, heads, ...]` each; a step is shown the rows of its heads.
     """
 
     schedule: Schedule
     budget: int
     layers: tuple[LayerPlan, ...]
+    tables: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         heads = {sum(len(group) for group in layer.groups) for layer in self.layers}
@@ -211,6 +214,8 @@ class StepView:
         stored_carried (`torch.Tensor`, *optional*):
             What the method's rankings of earlier steps gave each token of the history to carry, `[rows, heads, stored]` in
             float32.
+        tables (`Mapping[str, torch.Tensor]`, *optional*):
+            The plan's tables for these heads, `[heads, ...]` each.
         projection (`torch.Tensor`, *optional*):
             The bare projections of the queries, `[rows, heads, n_k, head_dim]`, for methods that need them.
     """
@@ -232,6 +237,7 @@ class StepView:
     guided: bool
     stored_ids: torch.Tensor | None = None
     stored_carried: torch.Tensor | None = None
+    tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
     projection: torch.Tensor | None = None
 
     @property

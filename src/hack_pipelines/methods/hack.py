@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice
+from .head_types import CONTEXTUAL, STRUCTURAL, typed_heads
 from .selection import observed_positions
 
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from ..profiles.head_profile import HeadProfile
 
 
-CONTEXTUAL, STRUCTURAL = "contextual", "structural"
 # Cosines that a merge holds at once for each row: 16 MiB, where all of Infinity's largest scale would take gigabytes.
 MERGE_CHUNK = 2**22
 
@@ -106,13 +106,10 @@ class HACK(Method):
         return contextual, structural
 
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
-        types = self._contextual(geometry, profile)
-        num_contextual = int(types.sum())
+        layers = typed_heads(profile, self.alpha)
         protected = sum(geometry.schedule.lengths[: self.init_scales])
         for budget in range(1, geometry.schedule.total + 1):
-            contextual, structural = self.budgets(
-                budget, num_contextual, types.numel() - num_contextual, self._largest(geometry)
-            )
+            contextual, structural = self._limits(geometry, budget, layers).values()
             if contextual >= 1 and structural > protected:
                 return budget
         return geometry.schedule.total
@@ -124,31 +121,19 @@ class HACK(Method):
         profile: "HeadProfile | None",
         attention_budget: int | None = None,
     ) -> Plan:
-        types = self._contextual(geometry, profile)
-        num_contextual = int(types.sum())
-        limits = dict(
-            zip(
-                (CONTEXTUAL, STRUCTURAL),
-                self.budgets(budget, num_contextual, types.numel() - num_contextual, self._largest(geometry)),
+        types = typed_heads(profile, self.alpha)
+        limits = self._limits(geometry, budget, types)
+        layers = tuple(
+            LayerPlan.from_limits(
+                geometry.schedule,
+                tuple(members.values()),
+                tuple(members),
+                [tuple(limits[label] for label in members)] * len(geometry.schedule),
+                self.protocol,
             )
+            for members in types
         )
-        layers = []
-        for flags in types.tolist():
-            members = {
-                CONTEXTUAL: tuple(head for head, flag in enumerate(flags) if flag),
-                STRUCTURAL: tuple(head for head, flag in enumerate(flags) if not flag),
-            }
-            labels = tuple(label for label, heads in members.items() if heads)
-            layers.append(
-                LayerPlan.from_limits(
-                    geometry.schedule,
-                    tuple(members[label] for label in labels),
-                    labels,
-                    [tuple(limits[label] for label in labels)] * len(geometry.schedule),
-                    self.protocol,
-                )
-            )
-        return Plan(geometry.schedule, budget, tuple(layers))
+        return Plan(geometry.schedule, budget, layers)
 
     def rank(self, view: StepView) -> Ranking:
         positions = observed_positions(
@@ -168,14 +153,12 @@ class HACK(Method):
             return key, value
         return merge_by_cosine(view, kept, key, value)
 
-    def _contextual(self, geometry: Geometry, profile: "HeadProfile | None") -> torch.Tensor:
-        if profile is None:
-            raise ValueError("HACK needs a head profile to tell contextual heads from structural ones but got none.")
-        return profile.contextual_heads(self.alpha)
-
-    def _largest(self, geometry: Geometry) -> int:
-        """The most that a head can use: attention to a part has a use for all tokens, storage alone for all but the last."""
-        return geometry.schedule.total if self.protocol == "pre" else geometry.schedule.cacheable
+    def _limits(self, geometry: Geometry, budget: int, layers: list[dict[str, tuple[int, ...]]]) -> dict[str, int]:
+        """Tokens of a head of each type."""
+        # Attention to a part has a use for all tokens, storage alone for all but those of the last scale.
+        largest = geometry.schedule.total if self.protocol == "pre" else geometry.schedule.cacheable
+        numbers = (sum(len(members.get(label, ())) for members in layers) for label in (CONTEXTUAL, STRUCTURAL))
+        return dict(zip((CONTEXTUAL, STRUCTURAL), self.budgets(budget, *numbers, largest)))
 
     def _structural_tiers(self, view: StepView) -> torch.Tensor:
         """
