@@ -3,10 +3,12 @@
 from functools import partial
 
 from ..methods.base import Method, Plan
+from ..methods.segment_plan import SegmentPlan
 from .cache import Cache, FullCache
 from .head_group import HeadGroupCache
 from .report import CacheReport
 from .rowwise import RowwiseCache
+from .segments import SegmentCache
 from .storage import Storage
 
 
@@ -24,10 +26,12 @@ def make_cache(plan: Plan, method: Method, guided: bool = False, storage: Storag
         storage (`Storage`, *optional*):
             The form in which keys and values are held; as attention reads them by default.
     """
+    if isinstance(plan, SegmentPlan):
+        return SegmentCache(plan, guided, storage)
     if method.plans_by_row:
         make_row = partial(HeadGroupCache, plan, method, storage=storage)
         return RowwiseCache(plan.schedule, len(plan.layers), make_row, guided)
     return HeadGroupCache(plan, method, guided, storage)
 
 
-__all__ = ["Cache", "CacheReport", "FullCache", "HeadGroupCache", "RowwiseCache", "make_cache"]
+__all__ = ["Cache", "CacheReport", "FullCache", "HeadGroupCache", "RowwiseCache", "SegmentCache", "make_cache"]

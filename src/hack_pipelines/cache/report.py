@@ -93,7 +93,8 @@ class CacheMeter:
     rows: int
     images: int
     layer_tokens: list[float] = field(init=False)
-    layer_bytes: list[tuple[int, int, int]] = field(init=False)
+    layer_bytes: list[tuple[int, int]] = field(init=False)
+    layer_storages: list[dict[int, int]] = field(init=False)
     boundaries: list[tuple[float, int, int, int]] = field(init=False, default_factory=list)
     checkpoint_peak: float = field(init=False, default=0)
     attended: list[float] = field(init=False, default_factory=list)
@@ -101,7 +102,8 @@ class CacheMeter:
 
     def __post_init__(self):
         self.layer_tokens = [0] * self.num_layers
-        self.layer_bytes = [(0, 0, 0)] * self.num_layers
+        self.layer_bytes = [(0, 0)] * self.num_layers
+        self.layer_storages = [{} for _ in range(self.num_layers)]
 
     def commit(
         self,
@@ -131,21 +133,21 @@ class CacheMeter:
         """
         tensors, beside = list(tensors), list(metadata)
         held = tensors + beside
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+        self.layer_storages[layer] = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held
+        }
         # Keys and values hold the same tokens.
         self.layer_tokens[layer] = sum(tensor.shape[:3].numel() for tensor in tensors) / 2 / self.rows
-        self.layer_bytes[layer] = (
-            sum(tensor.nbytes for tensor in held),
-            sum(storages.values()),
-            sum(tensor.nbytes for tensor in beside),
-        )
+        self.layer_bytes[layer] = sum(tensor.nbytes for tensor in held), sum(tensor.nbytes for tensor in beside)
         self.checkpoint_peak = max(self.checkpoint_peak, sum(self.layer_tokens))
         if len(self.attended) <= step:
             self.attended.append(0)
         self.attended[step] += attended
         self.flops += round(4 * self.head_dim * self.rows * queries * attended) // self.images
         if layer == self.num_layers - 1:
-            logical, allocated, metadata_bytes = (sum(column) for column in zip(*self.layer_bytes))
+            logical, metadata_bytes = (sum(column) for column in zip(*self.layer_bytes))
+            # Layers may share a storage, which counts once.
+            allocated = sum({key: size for storages in self.layer_storages for key, size in storages.items()}.values())
             self.boundaries.append((sum(self.layer_tokens), logical, allocated, metadata_bytes))
 
     def report(self, total: int, cacheable: int, itemsize: int) -> CacheReport:

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace):
 
 def type_lines(profile: "HeadProfile", alpha: float) -> list[str]:
     """Head types as the picture has them: layers across, heads down."""
+    if not profile.has_types:
+        return [f"no head types: it holds {', '.join(sorted(profile.mean))} only"]
     contextual = profile.contextual_heads(alpha)
     count, total = int(contextual.sum()), contextual.numel()
     lines = [f"{count} of {total} heads are contextual (C), the others structural (.); layers from left to right"]

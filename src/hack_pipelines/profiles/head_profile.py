@@ -60,9 +60,9 @@ class HeadProfile(
 
     Args:
         mean (`dict[str, torch.Tensor]`):
-            Means over samples of the arrays that [`statistic_shapes`] names; kept in float32.
+            Means over samples of the arrays that [`statistic_shapes`] names, or of some of them; kept in float32.
         variance (`dict[str, torch.Tensor]`):
-            Population variances over samples, likewise; zeros for one sample.
+            Population variances over samples of the same arrays; zeros for one sample.
         base_model (`str`, *optional*):
             Repository or name of the model.
         base_revision (`str`, *optional*):
@@ -85,7 +85,7 @@ class HeadProfile(
             Versions of the packages that made it.
 
     Raises:
-        `ValueError`: if an array is missing, has another shape than the model, or is not finite.
+        `ValueError`: if there is no array, or one that is unknown, has another shape than the model, or is not finite.
     """
 
     def __init__(
@@ -122,6 +122,12 @@ class HeadProfile(
             if type(value) is not int or value < 1:
                 raise ValueError(f"`{name}` must be a positive int but is {value!r}.")
         shapes = statistic_shapes(num_layers, num_heads, len(self.schedule))
+        if not mean or not mean.keys() == variance.keys() <= shapes.keys():
+            raise ValueError(
+                f"`mean` must hold the same arrays as `variance`, some of {sorted(shapes)}, but holds {sorted(mean)} and "
+                f"`variance` {sorted(variance)}."
+            )
+        shapes = {name: shape for name, shape in shapes.items() if name in mean}
         self.mean = checked_arrays("mean", mean, shapes)
         self.variance = checked_arrays("variance", variance, shapes)
 
@@ -167,8 +173,24 @@ class HeadProfile(
         return len(self.seeds)
 
     @property
+    def has_types(self) -> bool:
+        """Whether it holds what tells head types apart; profiles from HeatKV orders do not."""
+        return "colvar" in self.mean
+
+    @property
     def scores(self) -> torch.Tensor:
-        """What tells head types apart, `[num_layers, num_heads]`: the variance over queries at the last scale."""
+        """
+        What tells head types apart, `[num_layers, num_heads]`: the variance over queries at the last scale.
+
+        Raises:
+            `ValueError`: if the profile does not hold it.
+        """
+        if not self.has_types:
+            raise ValueError(
+                f"The head profile of {self.title} has no `colvar`, so it cannot tell head types apart: it holds "
+                f"{sorted(self.mean)} only. Profiles that were read from HeatKV orders know no more; make a full one with "
+                "`hack-pipelines calibrate`."
+            )
         return self.mean["colvar"][:, :, -1]
 
     def contextual_heads(self, alpha: float) -> torch.Tensor:
@@ -250,8 +272,11 @@ class HeadProfile(
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, HeadProfile):
             return NotImplemented
-        return self._config() == other._config() and all(
-            torch.equal(tensor, theirs) for tensor, theirs in zip(self._tensors().values(), other._tensors().values())
+        own, others = self._tensors(), other._tensors()
+        return (
+            self._config() == other._config()
+            and own.keys() == others.keys()
+            and all(torch.equal(tensor, others[name]) for name, tensor in own.items())
         )
 
     # Equal profiles can be changed apart, so they have no hash.
@@ -318,6 +343,67 @@ class HeadProfile(
         except (TypeError, ValueError) as error:
             raise ValueError(f"The head profile in {folder} is damaged: {error}") from error
 
+    @classmethod
+    def from_heatkv_orders(
+        cls,
+        path: str | Path,
+        *,
+        schedule: Schedule,
+        head_dim: int,
+        num_layers: int | None = None,
+        num_heads: int | None = None,
+        sinks: int = 3,
+        family: str = "infinity",
+        base_model: str | None = None,
+        base_revision: str | None = None,
+    ) -> "HeadProfile":
+        """
+        A profile from an order file of HeatKV, such as its authors published for Infinity. It serves that method only: it
+        holds `mass`, made up from the ranks of the heads so that it gives these orders, and no other array.
+
+        Args:
+            path (`str` or `Path`):
+                JSON list of a list for each source scale, of pairs `[head, layer]`, head first, those that lose the scale
+                first at the beginning.
+            schedule (`Schedule`):
+                The scales that the file was made for.
+            head_dim (`int`):
+                Channels of a head.
+            num_layers, num_heads (`int`, *optional*):
+                Of the model. What the pairs reach to by default; then a file whose pairs are all swapped is not noticed.
+            sinks (`int`, *optional*, defaults to 3):
+                First scales, which the file has no lists for.
+            family (`str`, *optional*, defaults to `"infinity"`):
+                Backbone.
+            base_model, base_revision (`str`, *optional*):
+                Repository or name of the model, and commit of that repository.
+
+        Raises:
+            `ValueError`: if the number of lists is not that of the schedule, or a list is no permutation of all heads.
+        """
+        from .heatkv_orders import arguments_from_orders
+
+        arguments = arguments_from_orders(path, schedule, sinks, num_layers, num_heads)
+        return cls(**arguments, head_dim=head_dim, family=family, base_model=base_model, base_revision=base_revision)
+
+    def save_heatkv_orders(self, path: str | Path, sinks: int = 3):
+        """
+        Write the order file of HeatKV that follows from `mass`, as the released scripts read it, and beside it the scores
+        and how they were made, with the suffix `.scores.json`.
+
+        Args:
+            path (`str` or `Path`):
+                File of the orders.
+            sinks (`int`, *optional*, defaults to 3):
+                First scales, which no head loses.
+
+        Raises:
+            `ValueError`: if the profile has no `mass`, or was read from orders with more sinks.
+        """
+        from .heatkv_orders import write_orders
+
+        write_orders(self, self._config(), path, sinks)
+
     def _save_pretrained(self, save_directory: Path):
         save_file(self._tensors(), save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps({"format_version": FORMAT_VERSION, **self._config()}, indent=2, ensure_ascii=False)
@@ -326,7 +412,8 @@ class HeadProfile(
             r"\[[\s\d.,-]*\]", lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text
         )
         (save_directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        self.head_map().save(save_directory / HEAD_MAP_NAME, optimize=True)
+        if self.has_types:
+            self.head_map().save(save_directory / HEAD_MAP_NAME, optimize=True)
 
     def _config(self) -> dict[str, Any]:
         facts = {name: getattr(self, name) for name in FACTS}
@@ -354,9 +441,7 @@ def checked_schedule(sizes: Any) -> Schedule:
 def checked_arrays(
     part: str, arrays: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
-    """The arrays in float32 on the CPU, after a look at their names, shapes and values."""
-    if arrays.keys() != shapes.keys():
-        raise ValueError(f"`{part}` must hold {sorted(shapes)} but holds {sorted(arrays)}.")
+    """The arrays in float32 on the CPU, after a look at their shapes and values."""
     result = {}
     for name, shape in shapes.items():
         tensor = arrays[name].detach().to("cpu", torch.float32).contiguous()

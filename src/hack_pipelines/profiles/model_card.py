@@ -15,14 +15,10 @@ CARD = """---
 
 # Head profile of {title}
 
-What the {num_heads_total} self-attention heads of {title} look at, recorded while it drew {samples}.
+What the {num_heads_total} self-attention heads of {title} look at, {origin}.
 The Python package `hack_pipelines` plans with it which keys and values each head may forget.
 
-![Head types by layer and head](head_map.png)
-
-Heads whose attention hardly varies from query to query are *contextual*: all queries look at the same few tokens. The
-others are *structural*: where they look follows the query's position. The variance is taken at the last scale of an
-uncompressed run. {gap}
+{types}
 
 ## Use
 
@@ -31,7 +27,7 @@ from hack_pipelines import HackVARPipeline
 
 pipe = HackVARPipeline.from_pretrained("{base_model}")
 pipe.load_head_profile("folder or repository of this profile")
-image = pipe({argument}, kv_budget=0.3).images[0]
+image = pipe({arguments}).images[0]
 ```
 
 ## How it was made
@@ -40,9 +36,19 @@ image = pipe({argument}, kv_budget=0.3).images[0]
 | --- | --- |
 {facts}
 
-`profile.safetensors` holds mean and variance over the samples of each array, by layer, head and step; `config.json` holds
-every input and seed, so that the run can be repeated.
+{ending}
 """
+
+TYPES = """![Head types by layer and head](head_map.png)
+
+Heads whose attention hardly varies from query to query are *contextual*: all queries look at the same few tokens. The
+others are *structural*: where they look follows the query's position. The variance is taken at the last scale of an
+uncompressed run. {gap}"""
+NO_TYPES = """It comes from an order file of HeatKV, which says for each scale which heads lose it first, and serves the method
+`heatkv` only. The attention in it is made up from these ranks."""
+ENDING = """`profile.safetensors` holds mean and variance over the samples of each array, by layer, head and step; `config.json` holds
+every input and seed, so that the run can be repeated."""
+NO_TYPES_ENDING = """`profile.safetensors` holds the array that gives these orders; `config.json` names the file that they were read from."""
 
 
 def card_text(profile: "HeadProfile", metadata: dict[str, Any]) -> str:
@@ -59,15 +65,29 @@ def card_text(profile: "HeadProfile", metadata: dict[str, Any]) -> str:
     if profile.base_model is not None and profile.base_model.count("/") == 1:
         metadata = {**metadata, "base_model": profile.base_model}
     first = profile.inputs[0]
+    argument = f"prompt={first!r}" if isinstance(first, str) else f"class_labels={first}"
+    samples = "one image" if profile.num_samples == 1 else f"{profile.num_samples} images"
+    if profile.has_types:
+        parts = {
+            "origin": f"recorded while it drew {samples}",
+            "types": TYPES.format(gap=gap_text(profile)),
+            "arguments": f"{argument}, kv_budget=0.3",
+            "ending": ENDING,
+        }
+    else:
+        parts = {
+            "origin": "by rank",
+            "types": NO_TYPES,
+            "arguments": 'prompt="a lighthouse", kv_budget=0.1, method="heatkv"',
+            "ending": NO_TYPES_ENDING,
+        }
     return CARD.format(
         metadata=ModelCardData(**metadata).to_yaml(),
         title=profile.title,
         num_heads_total=profile.num_layers * profile.num_heads,
-        samples="one image" if profile.num_samples == 1 else f"{profile.num_samples} images",
-        gap=gap_text(profile),
         base_model=profile.base_model or "the model",
-        argument=f"prompt={first!r}" if isinstance(first, str) else f"class_labels={first}",
         facts="\n".join(f"| {name} | {value} |" for name, value in facts(profile).items()),
+        **parts,
     )
 
 
@@ -88,14 +108,13 @@ def facts(profile: "HeadProfile") -> dict[str, str]:
     from .head_profile import sizes_text
 
     seeds = profile.seeds
+    samples = f"{profile.num_samples}, seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"1, seed {seeds[0]}"
     return {
         "model": profile.title,
         "revision": profile.base_revision or "not recorded",
         "layers, heads a layer, channels a head": f"{profile.num_layers}, {profile.num_heads}, {profile.head_dim}",
         "sides of the token maps": sizes_text(profile.schedule),
-        "samples": f"{profile.num_samples}, seeds {seeds[0]} to {seeds[-1]}"
-        if len(seeds) > 1
-        else f"1, seed {seeds[0]}",
+        "samples": samples if profile.has_types else f"none, read from {profile.inputs[0]}",
         "dtype of queries and keys": profile.dtype,
         **{f"sampling: {name.replace('_', ' ')}": setting_text(value) for name, value in profile.sampling.items()},
         "software": ", ".join(f"{name} {version}" for name, version in profile.software.items()),
