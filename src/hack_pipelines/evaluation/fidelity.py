@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..cache import Cache
 from ..methods import Method
 from ..pipelines.pipeline_hack_var import HackVARPipeline
 
@@ -25,6 +26,17 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     Raises:
         `ValueError`: if the shapes differ or values lie outside [0, 1].
     """
+    check_images(images, reference)
+    return -10 * (images.double() - reference.double()).square().mean(dim=(1, 2, 3)).log10()
+
+
+def check_images(images: torch.Tensor, reference: torch.Tensor):
+    """
+    Refuse what are no two batches of images.
+
+    Raises:
+        `ValueError`: if the shapes differ or values lie outside [0, 1].
+    """
     if images.shape != reference.shape or images.ndim != 4:
         raise ValueError(
             "`images` and `reference` must have one shape, [images, channels, height, width], but have "
@@ -35,7 +47,6 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
             raise ValueError(
                 f"`{name}` must lie in [0, 1] but reach from {tensor.min().item():g} to {tensor.max().item():g}."
             )
-    return -10 * (images.double() - reference.double()).square().mean(dim=(1, 2, 3)).log10()
 
 
 def token_agreement(tokens: Tokens, reference: Tokens) -> torch.Tensor:
@@ -88,7 +99,6 @@ def matches(tokens: Tokens, reference: Tokens) -> list[torch.Tensor]:
     return [(ids == others.to(ids.device)).flatten(1) for ids, others in zip(tokens, reference)]
 
 
-@torch.no_grad()
 def teacher_forced_nll(
     pipe: HackVARPipeline,
     tokens: torch.Tensor,
@@ -96,6 +106,8 @@ def teacher_forced_nll(
     kv_budget: float | int | str | None = None,
     method: str | Method = "hack",
     batch_size: int = 32,
+    attention_budget: float | int | str | None = None,
+    kv_dtype: str | None = None,
 ) -> torch.Tensor:
     """
     What a model loses by compression, without the chaos of sampling: the negative log-likelihood of given tokens when
@@ -119,12 +131,34 @@ def teacher_forced_nll(
             As in the pipeline's call.
         batch_size (`int`, *optional*, defaults to 32):
             Images that run together.
+        attention_budget (`float`, `int` or `str`, *optional*):
+            As in the pipeline's call.
+        kv_dtype (`str`, *optional*):
+            As in the pipeline's call.
 
     Returns:
         `torch.Tensor`: `[images]` in float64 on the CPU, nats per token.
 
     Raises:
         `ValueError`: if the tokens do not fit the model's schedule or the inputs, or the budget cannot be met.
+    """
+    check_tokens(pipe, tokens, inputs)
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1 but is {batch_size}.")
+    result = [torch.zeros(0, dtype=torch.float64)]
+    for start in range(0, len(tokens), batch_size):
+        cache = pipe.prepare_cache(kv_budget, attention_budget, method, kv_dtype, guided=False)
+        part = slice(start, start + batch_size)
+        result.append(nll_through(cache, pipe, tokens[part], inputs[part]))
+    return torch.cat(result)
+
+
+def check_tokens(pipe: HackVARPipeline, tokens: torch.Tensor, inputs: Sequence[int | str]):
+    """
+    Refuse tokens that do not belong to a model.
+
+    Raises:
+        `ValueError`: if they do not fit its schedule or the inputs.
     """
     schedule = pipe.schedule
     if tokens.ndim not in (2, 3) or tokens.shape[1] != schedule.total:
@@ -134,19 +168,21 @@ def teacher_forced_nll(
         )
     if len(inputs) != len(tokens):
         raise ValueError(f"`inputs` must name one input an image but has {len(inputs)} for {len(tokens)} images.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1 but is {batch_size}.")
-    result = []
-    for start in range(0, len(tokens), batch_size):
-        condition = pipe.encode_inputs(inputs[start : start + batch_size], guided=False)
-        batch = tokens[start : start + batch_size].to(condition.device)
-        cache = pipe.prepare_cache(kv_budget, method=method, guided=False)
-        size = pipe.vae.latent_size(schedule.sizes[-1])
-        latents = torch.zeros(len(batch), pipe.vae.config["latent_channels"], *size, device=batch.device)
-        scale_input, total = None, torch.zeros(len(batch), dtype=torch.float64)
-        for step, true_tokens in enumerate(batch.split(schedule.lengths, dim=1)):
-            logits = pipe.predict(step, scale_input, condition, cache)
-            total -= pipe.log_likelihood(logits, true_tokens).double().sum(1).cpu()
-            latents, scale_input = pipe.vae.accumulate(latents, true_tokens, step, schedule)
-        result.append(total / schedule.total)
-    return torch.cat(result) if result else torch.zeros(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def nll_through(
+    cache: Cache, pipe: HackVARPipeline, tokens: torch.Tensor, inputs: Sequence[int | str]
+) -> torch.Tensor:
+    """[`teacher_forced_nll`] of one batch through a fresh cache without guidance, which can report afterwards."""
+    schedule = pipe.schedule
+    condition = pipe.encode_inputs(inputs, guided=False)
+    batch = tokens.to(condition.device)
+    size = pipe.vae.latent_size(schedule.sizes[-1])
+    latents = torch.zeros(len(batch), pipe.vae.config["latent_channels"], *size, device=batch.device)
+    scale_input, total = None, torch.zeros(len(batch), dtype=torch.float64)
+    for step, true_tokens in enumerate(batch.split(schedule.lengths, dim=1)):
+        logits = pipe.predict(step, scale_input, condition, cache)
+        total -= pipe.log_likelihood(logits, true_tokens).double().sum(1).cpu()
+        latents, scale_input = pipe.vae.accumulate(latents, true_tokens, step, schedule)
+    return total / schedule.total

@@ -5,8 +5,12 @@ from .full import Full
 from .hack import HACK
 from .hack_plus_plus import HACKPlusPlus
 from .headkv import HeadKV
+from .heatkv import HeatKV
 from .random import Random
 from .scale_window import ScaleWindow
+from .scalekv import ScaleKV
+from .segment_plan import SegmentPlan
+from .spec import parse_method
 
 
 METHODS: dict[str, type[Method]] = {
@@ -15,26 +19,22 @@ METHODS: dict[str, type[Method]] = {
         HACK,
         HACKPlusPlus,
         HeadKV,
+        HeatKV,
         Random,
         ScaleWindow,
+        ScaleKV,
     )
 }
 
 
 def get_method(method: str | Method) -> Method:
     """
-    A method by name, with its default options, or the instance itself.
+    A method by name, with its default options or others, `"hack:rules=contextual,alpha=0.4"`; or the instance itself.
 
     Raises:
-        `ValueError`: if there is no method of that name.
+        `ValueError`: if there is no such method, option or value.
     """
-    if isinstance(method, Method):
-        return method
-    if method not in METHODS:
-        raise ValueError(
-            f"`method` must be one of {', '.join(map(repr, METHODS))} or an instance of a method but is {method!r}."
-        )
-    return METHODS[method]()
+    return method if isinstance(method, Method) else parse_method(str(method), METHODS)
 
 
 __all__ = [
@@ -44,12 +44,15 @@ __all__ = [
     "Geometry",
     "HACKPlusPlus",
     "HeadKV",
+    "HeatKV",
     "LayerPlan",
     "Method",
     "Plan",
     "Random",
     "Ranking",
+    "ScaleKV",
     "ScaleWindow",
+    "SegmentPlan",
     "StepView",
     "get_method",
 ]

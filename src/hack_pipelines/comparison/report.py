@@ -1,0 +1,45 @@
+"""Tables, plot and sheet of all runs that a folder holds, whichever process made them."""
+
+import sys
+
+from .folder import FULL, ComparisonFolder, replace_file
+from .plot import can_plot, quality_plot
+from .sheet import picture_sheet
+from .table import csv_text, markdown_text, ordered
+
+
+def write_tables(folder: ComparisonFolder) -> str:
+    """
+    Write `results.csv` and `results.md`.
+
+    Returns:
+        `str`: the Markdown table; empty while the full cache was not measured.
+    """
+    rows = ordered(folder.rows())
+    if not rows or rows[0]["method"] != FULL:
+        return ""
+    text = markdown_text(rows, folder.skipped())
+    replace_file(folder.path / "results.csv", lambda new: new.write_text(csv_text(rows), encoding="utf-8"))
+    replace_file(folder.path / "results.md", lambda new: new.write_text(text, encoding="utf-8"))
+    return text
+
+
+def write_plots(folder: ComparisonFolder):
+    """Write `quality.png`, where matplotlib is there, and `pictures.png`, where pictures were drawn."""
+    rows = ordered(folder.rows())
+    if all(row["method"] == FULL for row in rows):
+        return
+    if can_plot():
+        figure = quality_plot(rows)
+        replace_file(folder.path / "quality.png", lambda new: figure.savefig(new, dpi=150, format="png"))
+    if rows[0]["images"]:
+        sheet = picture_sheet(folder, rows)
+        replace_file(folder.path / "pictures.png", lambda new: sheet.save(new, format="PNG"))
+
+
+def try_to_plot(folder: ComparisonFolder):
+    """[`write_plots`] between two runs, where whatever goes wrong must not end what takes hours."""
+    try:
+        write_plots(folder)
+    except Exception as error:
+        print(f"The plots could not be drawn: {error!r}", file=sys.stderr)
