@@ -18,6 +18,9 @@ from hack_pipelines import (
 from hack_pipelines.cache.cache import FullCache
 from hack_pipelines.models.autoencoder_bsq import MultiScaleBSQModel
 from hack_pipelines.models.transformer_infinity import InfinityTransformer2DModel
+from hack_pipelines.profiles.head_profile import HeadProfile
+from hack_pipelines.profiles.statistics import statistic_shapes
+from hack_pipelines.schedule import Schedule
 
 
 SIDES = (1, 2, 3, 4)
@@ -166,3 +169,27 @@ def half_contextual(num_layers: int, num_heads: int) -> FixedTypes:
     """Every second head contextual, another half in every second layer."""
     layers, heads = torch.arange(num_layers)[:, None], torch.arange(num_heads)[None]
     return FixedTypes((layers + heads) % 2 == 0)
+
+
+def planted_profile(schedule: Schedule, num_layers: int, num_heads: int, head_dim: int, seed: int) -> HeadProfile:
+    """A head profile of random statistics that obey their definitions: mass is causal, rows sum to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = statistic_shapes(num_layers, num_heads, len(schedule))
+    mean = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    mean["mass"] = mean["mass"].square().tril()
+    mean["mass"] /= mean["mass"].sum(-1, keepdim=True)
+    mean["topk_hist"] = mean["topk_hist"].sort(-1).values
+    return HeadProfile(
+        mean=mean,
+        variance={name: torch.zeros(shape) for name, shape in shapes.items()},
+        family="var",
+        num_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        schedule=[list(size) for size in schedule.sizes],
+        dtype="float32",
+        sampling={},
+        inputs=[0],
+        seeds=[0],
+        software={},
+    )

@@ -67,15 +67,15 @@ class HACKPlusPlus(Method):
     needs_ids: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv 2606.08302"
 
-    attention_budget: float | int | str | None = 0.3
+    attention_budget: float | int | str | None = None
     alpha: float = 0.5
-    tau: float = 0.5
+    tau: float = 1.0
     min_tokens: int | None = None
     n_obs: int = 32
     query_sampling: str = "lattice"
-    pooling: str = "3x3"
+    pooling: str = "none"
     prior: str = "token"
-    prior_step: str = "current"
+    prior_step: str = "next"
     init_scales: int = 0
     merge_at: str = "never"
     strict: bool = False
