@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 PROTOCOLS = {
     "pre": "pre, a step attends to no more than it will store",
     "post": "post, a step attends to all that is there and then stores a part",
+    "decoupled": "decoupled, a step attends to one part of what is there and stores another",
+    "static": "static, a plan made before the first step says which tokens are stored",
 }
 
 
@@ -37,10 +39,12 @@ def method_lines(method: "type[Method]") -> list[str]:
     summary = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
     # Methods are dataclasses with a default for every option, though their base class cannot say so.
     options = {option.name: option.default for option in fields(method)}  # type: ignore[arg-type]
+    # Some facts follow from the options.
+    default = method()
     return [
         f"{method.name}: {summary}",
-        f"  protocol: {PROTOCOLS[method().protocol]}",
-        f"  head profile: {'needed' if method.needs_profile else 'not needed'}",
+        f"  protocol: {PROTOCOLS[default.protocol]}",
+        f"  head profile: {'needed' if default.needs_profile else 'not needed'}",
         f"  options: {', '.join(f'{name}={value_text(value)}' for name, value in options.items())}",
         f"  source: {method.source}",
     ]
