@@ -41,6 +41,7 @@ def quality_plot(rows: Sequence[Row]):
     compressed = [row for row in rows if row["method"] != FULL]
     shown = [name for name in AXES if all(row.get(name) is not None for row in compressed)][:2]
     methods = sorted({row["method"] for row in compressed})
+    ticks = sorted({row["bytes_asked"] / 2**20 for row in compressed})
     figure = Figure(figsize=(6 * len(shown) + 3, 5), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, name in zip(panels, shown):
@@ -63,6 +64,8 @@ def quality_plot(rows: Sequence[Row]):
                 capsize=2,
             )
         axes.set(xlabel="stored at most, MiB per image", ylabel=AXES[name], xscale="log")
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure

@@ -27,7 +27,7 @@ def write_tables(folder: ComparisonFolder) -> str:
 def write_plots(folder: ComparisonFolder):
     """Write `quality.png`, where matplotlib is there, and `pictures.png`, where pictures were drawn."""
     rows = ordered(folder.rows())
-    if all(row["method"] == FULL for row in rows):
+    if len(rows) < 2 or rows[0]["method"] != FULL:
         return
     if can_plot():
         figure = quality_plot(rows)
@@ -37,9 +37,16 @@ def write_plots(folder: ComparisonFolder):
         replace_file(folder.path / "pictures.png", lambda new: sheet.save(new, format="PNG"))
 
 
-def try_to_plot(folder: ComparisonFolder):
-    """[`write_plots`] between two runs, where whatever goes wrong must not end what takes hours."""
+def write_reports(folder: ComparisonFolder) -> str:
+    """
+    Write all of them. Whatever goes wrong with a plot is told, but must not end runs that take hours.
+
+    Returns:
+        `str`: the Markdown table.
+    """
+    text = write_tables(folder)
     try:
         write_plots(folder)
     except Exception as error:
         print(f"The plots could not be drawn: {error!r}", file=sys.stderr)
+    return text

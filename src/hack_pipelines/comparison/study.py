@@ -21,7 +21,7 @@ from ..evaluation.fidelity import check_tokens, nll_through
 from ..evaluation.similarity import WINDOW
 from ..methods import Full, Method, get_method
 from .folder import FULL_RUN, ComparisonFolder, Run
-from .report import try_to_plot, write_tables
+from .report import write_reports
 
 
 Inputs = Sequence[int | str]
@@ -141,7 +141,7 @@ class Study:
 
     @property
     def reference(self) -> dict[str, torch.Tensor]:
-        """The figures, pictures and tokens of the full cache."""
+        """The figures, pictures and tokens of the full cache, which is measured first."""
         if self._reference is None:
             self._reference = self.folder.tensors(FULL_RUN)
         return self._reference
@@ -175,9 +175,8 @@ class Study:
                     tqdm.write(f"{run.method} at {run.budget:g} is skipped: {error}", file=sys.stderr)
                 else:
                     self.folder.save(run, *self.measure(run))
-                write_tables(self.folder)
-        write_tables(self.folder)
-        try_to_plot(self.folder)
+                write_reports(self.folder)
+        write_reports(self.folder)
 
     def check(self, run: Run):
         """
@@ -198,12 +197,11 @@ class Study:
             _, prefix = SAMPLING[mode]
             pictures = self.draw(run, mode, costs if mode == self.settings.sampling[0] else None)
             kept[f"{prefix}pictures"], kept[f"{prefix}tokens"] = pictures.images, torch.cat(pictures.tokens, dim=1)
-        if run == FULL_RUN:
-            self._reference = {**figures, **kept}
-        if self.held_out is not None:
-            figures["nll_rise"] = figures["nll"] - self.reference["nll"]
-        for mode in self.settings.sampling:
-            figures |= self.fidelity(kept, SAMPLING[mode][1])
+        if run != FULL_RUN:
+            if self.held_out is not None:
+                figures["nll_rise"] = figures["nll"] - self.reference["nll"]
+            for mode in self.settings.sampling:
+                figures |= self.fidelity(kept, SAMPLING[mode][1])
         return {**self.described(run), **self.costs(costs), **self.summary(figures)}, {**figures, **kept}
 
     def likelihood(self, run: Run, costs: Costs | None) -> torch.Tensor:
@@ -348,7 +346,7 @@ class Study:
             if name.endswith("agreement"):
                 result[name.replace("agreement", "identical")] = (values == 1).double().mean().item()
         seen = None if self.held_out is None else self.held_out.seen
-        if seen is not None:
+        if seen is not None and "nll_rise" in figures:
             result |= mean_and_error("nll_rise_seen", figures["nll_rise"][seen])
             result |= mean_and_error("nll_rise_unseen", figures["nll_rise"][~seen])
         return result
