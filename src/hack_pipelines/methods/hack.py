@@ -1,8 +1,8 @@
 """HACK: head-aware compression with two head types (arXiv 2504.09261)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -174,11 +174,40 @@ class HACK(Method):
         return tiers
 
 
+class Shares(NamedTuple):
+    """
+    How dropped tokens enter the average that takes the place of a kept one.
+
+    `X_r <- (X_r + sum_e c_e (a_e X_e + b X_r)) / (1 + sum_e c_e)` over the tokens `e` that are merged into `r`.
+
+    Args:
+        counts (`torch.Tensor`):
+            `c`, `[rows, heads, present]` in float32; zero for tokens that stay.
+        own (`torch.Tensor`, *optional*):
+            `a`, likewise; 1 by default.
+        kept (`float`, *optional*, defaults to 0.0):
+            `b`.
+    """
+
+    counts: torch.Tensor
+    own: torch.Tensor | None = None
+    kept: float = 0.0
+
+
+def by_cosine(cosines: torch.Tensor, dropped: torch.Tensor, num_dropped: int) -> Shares:
+    """Every dropped token as much as it is like the kept one."""
+    return Shares(cosines.clamp_min(0) * dropped)
+
+
 def merge_by_cosine(
-    view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    view: StepView,
+    kept: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shares: Callable[[torch.Tensor, torch.Tensor, int], Shares] = by_cosine,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Add every dropped token to the kept one with the most similar key, weighted by their cosine, and average.
+    Merge every dropped token into the kept one with the most similar key, by default weighted by their cosine.
 
     `X_r <- (X_r + sum_e w_e X_e) / (1 + sum_e w_e)` with `w_e = max(0, cos(K_e, K_r))` for `X = K` and `X = V`, in
     float32, after LOOK-M (arXiv 2406.18139). History and current tokens are taken one after the other, never joined, and
@@ -191,26 +220,41 @@ def merge_by_cosine(
             Positions that stay, `[rows, heads, kept]`.
         key, value (`torch.Tensor`):
             Keys and values at these positions.
+        shares (`Callable`, *optional*):
+            Another average: the [`Shares`] of the present tokens, from the cosine of each with the kept token that is most
+            similar and from whether it is dropped, both `[rows, heads, present]`, and from how many of a head are.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: keys and values `[rows, heads, kept, head_dim]` in their own dtype.
     """
     dropped = torch.ones(*kept.shape[:2], view.num_present, dtype=torch.bool, device=kept.device)
     dropped.scatter_(2, kept, False)
-    merged = [key.float(), value.float(), torch.ones((*kept.shape, 1), device=kept.device)]
-    unit_kept = F.normalize(merged[0], dim=-1).transpose(-1, -2)
+    start = [key.float(), value.float()]
+    merged = [*start, torch.ones((*kept.shape, 1), device=kept.device)]
+    unit_kept = F.normalize(start[0], dim=-1).transpose(-1, -2)
     # Of one row's shape, so that a batch is cut where each of its images would be.
     chunk = max(1, MERGE_CHUNK // (kept.shape[1] * kept.shape[2]))
-    history = view.stored_key, view.stored_value, dropped[:, :, : view.num_stored]
-    for part in (history, (view.key, view.value, dropped[:, :, view.num_stored :])):
+    tokens = (view.stored_key, view.stored_value), (view.key, view.value)
+    parts = [[part.split(chunk, dim=2) for part in pair] for pair in tokens]
+    nearest = [(F.normalize(own.float(), dim=-1) @ unit_kept).max(-1) for keys, _ in parts for own in keys]
+    cosines, target = (torch.cat(pieces, dim=-1) for pieces in zip(*nearest))
+    counts, factor, kept_share = shares(cosines, dropped, view.num_present - kept.shape[2])
+    first = 0
+    for part in parts:
         sums = [own.new_zeros(own.shape) for own in merged]
-        for own_key, own_value, mask in zip(*(tensor.split(chunk, dim=2) for tensor in part)):
-            weights, target = (F.normalize(own_key.float(), dim=-1) @ unit_kept).max(-1)
+        for own_key, own_value in zip(*part):
+            place = slice(first, first + own_key.shape[2])
+            first = place.stop
+            if factor is not None:
+                own_key, own_value = (own.float() * factor[..., place, None] for own in (own_key, own_value))
             values = own_key, own_value, torch.ones_like(own_key[..., :1])
-            add_by_target(sums, target, weights.clamp_min(0) * mask, values)
+            add_by_target(sums, target[..., place], counts[..., place], values)
         merged = [own + more for own, more in zip(merged, sums)]
-    merged_key, merged_value, weight_sums = merged
-    return (merged_key / weight_sums).to(key.dtype), (merged_value / weight_sums).to(value.dtype)
+    *merged_parts, totals = merged
+    if kept_share:
+        merged_parts = [own + kept_share * (totals - 1) * before for own, before in zip(merged_parts, start)]
+    merged_key, merged_value = merged_parts
+    return (merged_key / totals).to(key.dtype), (merged_value / totals).to(value.dtype)
 
 
 def add_by_target(

@@ -1,19 +1,16 @@
 """Random eviction, the floor under every method."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
-from .base import Geometry, Method, Plan, Ranking, StepView, check_choice, uniform_plan
-
-
-if TYPE_CHECKING:
-    from ..profiles.head_profile import HeadProfile
+from .base import Ranking, StepView
+from .baseline import Baseline
 
 
 @dataclass
-class Random(Method):
+class Random(Baseline):
     """
     Keep tokens at random, the same ones for every image. A method that does not beat it at its own budget is broken.
 
@@ -29,21 +26,6 @@ class Random(Method):
 
     seed: int = 0
     protocol: str = "post"
-
-    def __post_init__(self):
-        check_choice("protocol", self.protocol, ("post", "pre"))
-
-    def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
-        return sum(geometry.schedule.lengths[:2]) + 1
-
-    def plan(
-        self,
-        geometry: Geometry,
-        budget: int,
-        profile: "HeadProfile | None",
-        attention_budget: int | None = None,
-    ) -> Plan:
-        return uniform_plan(geometry, budget, self.protocol)
 
     def rank(self, view: StepView) -> Ranking:
         generator = torch.Generator().manual_seed((self.seed * 1_000 + view.layer) * 1_000 + view.step)

@@ -2,16 +2,13 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from ..schedule import Schedule
-from .base import Geometry, Method, Plan, Ranking, StepView, check_choice, uniform_plan
-
-
-if TYPE_CHECKING:
-    from ..profiles.head_profile import HeadProfile
+from .base import Ranking, StepView
+from .baseline import Baseline
 
 
 CONDENSED_SCALES = 2
@@ -20,7 +17,7 @@ PLASTIC_ROW, PLASTIC_COLUMN = 0.7548776662466927, 0.5698402909980532
 
 
 @dataclass
-class ScaleWindow(Method):
+class ScaleWindow(Baseline):
     """
     Keep the first two scales and whole scales from the newest backwards; the first that does not fit gives an even
     subsample of its grid.
@@ -34,21 +31,6 @@ class ScaleWindow(Method):
     source: ClassVar[str] = "the scale rule of arXiv 2511.16047"
 
     protocol: str = "post"
-
-    def __post_init__(self):
-        check_choice("protocol", self.protocol, ("post", "pre"))
-
-    def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
-        return sum(geometry.schedule.lengths[:CONDENSED_SCALES]) + 1
-
-    def plan(
-        self,
-        geometry: Geometry,
-        budget: int,
-        profile: "HeadProfile | None",
-        attention_budget: int | None = None,
-    ) -> Plan:
-        return uniform_plan(geometry, budget, self.protocol)
 
     def rank(self, view: StepView) -> Ranking:
         kept = kept_ids(view.schedule, view.budget, view.step)
