@@ -458,6 +458,9 @@ def test_pipeline(method):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(runs[0].tokens, runs[1].tokens))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(runs[0].tokens[:3], full.tokens[:3]))
     assert runs[0].cache_report.tokens_by_step == [1, 5, 10]
+    for index in range(2):
+        alone = pipe([1, 2][index], generator=seeds(index), kv_budget=10, method=method, output_type="latent")
+        assert all(torch.equal(ours[index], theirs[0]) for ours, theirs in zip(runs[0].tokens, alone.tokens))
     with pytest.raises(ValueError, match="needs at least 10"):
         pipe(kv_budget=9, method=method, **arguments)
 

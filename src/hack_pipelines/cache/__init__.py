@@ -30,7 +30,7 @@ def make_cache(plan: Plan, method: Method, guided: bool = False, storage: Storag
         return SegmentCache(plan, guided, storage)
     if method.plans_by_row and plan.budget < plan.schedule.cacheable:
         make_row = partial(HeadGroupCache, plan, method, storage=storage)
-        return RowwiseCache(plan.schedule, len(plan.layers), make_row, guided)
+        return RowwiseCache(plan.schedule, len(plan.layers), make_row, guided, method.needs_projection)
     return HeadGroupCache(plan, method, guided, storage)
 
 

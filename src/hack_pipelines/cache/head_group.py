@@ -5,11 +5,11 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..methods.base import LayerPlan, Method, Plan, Ranking, StepView
+from ..methods.base import Method, Plan, Ranking, StepView
 from ..methods.selection import count_before, top
 from .attention import attention
 from .cache import Cache, joined
-from .storage import Planes, PlainStorage, Storage
+from .storage import PlainStorage, Planes, Storage
 
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]

@@ -22,12 +22,20 @@ class RowwiseCache(Cache):
             Makes the cache of one row.
         guided (`bool`, *optional*, defaults to `False`):
             Whether the second half of the rows are the unconditional ones of guidance.
+        wants_projection (`bool`, *optional*, defaults to `False`):
+            Whether the rows' caches read the bare projections of the queries.
     """
 
     def __init__(
-        self, schedule: Schedule, num_layers: int, make_cache: Callable[[], Cache], guided: bool = False
+        self,
+        schedule: Schedule,
+        num_layers: int,
+        make_cache: Callable[[], Cache],
+        guided: bool = False,
+        wants_projection: bool = False,
     ):
         self.make_cache = make_cache
+        self.wants_projection = wants_projection
         super().__init__(schedule, num_layers, guided)
 
     def reset(self):
@@ -42,6 +50,7 @@ class RowwiseCache(Cache):
             own = slice(index, index + 1)
             cache._projection = None if self._projection is None else self._projection[own]
             output, count = cache._attend(layer_idx, step, query[own], key[own], value[own], scale)
+            cache._projection = None
             outputs.append(output)
             attended += count
         return torch.cat(outputs), attended / len(self.rows)

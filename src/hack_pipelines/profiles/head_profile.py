@@ -145,10 +145,11 @@ class HeadProfile(
         """
         if len(schedule) == len(self.schedule):
             return self
-        recorded = torch.tensor(self.schedule.lengths, dtype=torch.float64).log()
-        wanted = torch.tensor(schedule.lengths, dtype=torch.float64).log()
+        # Quotients, whose order is that of the distances of logarithms: equal ones are equal in floating point too.
         # Reversed, so that the larger of two equally near scales is the first.
-        distances = (wanted[:, None] - recorded.flip(0)[None]).abs()
+        recorded = torch.tensor(self.schedule.lengths, dtype=torch.float64).flip(0)[None]
+        wanted = torch.tensor(schedule.lengths, dtype=torch.float64)[:, None]
+        distances = torch.maximum(wanted / recorded, recorded / wanted)
         nearest = len(self.schedule) - 1 - distances.argmin(1)
         resampled = copy(self)
         resampled.schedule = schedule
