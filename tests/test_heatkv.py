@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hack_pipelines import HeadProfile
+from hack_pipelines.activations import segment_tokens
 from hack_pipelines.cache import FullCache, SegmentCache, make_cache
 from hack_pipelines.cache.arena import FreeList, SlotMap, most_alive, segments_of
 from hack_pipelines.cache.storage import get_storage
@@ -308,7 +310,7 @@ def test_no_two_live_segments_share_a_slot_and_no_slot_is_too_many(data):
             done = [plan.layers[own].store[step if own <= layer else step - 1] for own in range(layers)]
             assert len(taken) == sum(map(sum, done if step else done[: layer + 1]))
             worst = max(worst, len(taken))
-    assert slot_map.capacity == worst == most_alive(segments) <= budget * layers * heads
+    assert slot_map.capacity == worst == most_alive(segments) == plan.checkpoint_peak <= budget * layers * heads
 
 
 def test_free_slots_are_found_by_best_fit_and_joined_again():
@@ -436,6 +438,43 @@ def test_tokens_written_over_do_not_keep_the_step_alive():
             cache.attend(layer, *parts)
             del parts
             assert all(reference() is None for reference in watched)
+
+
+class MostAlive(TorchDispatchMode):
+    """Notes the most tokens that are alive in tensors `[rows, heads, tokens, head_dim]` that a layer makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[weakref.ref] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (
+            torch.ops.aten.cat.default,
+            torch.ops.aten.index_select.default,
+            torch.ops.aten.empty_like.default,
+        ):
+            self.made.append(weakref.ref(result.untyped_storage()))
+            alive = [storage for reference in self.made if (storage := reference()) is not None]
+            self.most = max(self.most, sum(storage.nbytes() for storage in alive) // (2 * 8 * 4))
+        return result
+
+
+@pytest.mark.parametrize("budget", [20, 38])
+def test_memory_of_attention_is_what_is_estimated(budget):
+    """By layers whose steps are larger than what they store of them; outputs are counted apart."""
+    plan = plan_for(WIDE, budget)
+    cache = SegmentCache(plan)
+    for step in range(len(WIDE)):
+        measured = []
+        for layer in range(3):
+            with MostAlive() as watch:
+                cache.attend(layer, *step_parts(WIDE, step, layer))
+            output = 4 * WIDE.lengths[step] if len(set(plan.layers[layer].attend[step])) > 1 else 0
+            measured.append(watch.most - output)
+        if step:
+            assert max(measured) == segment_tokens(plan, step)
 
 
 def test_a_cache_can_be_used_again_after_reset():

@@ -1,8 +1,9 @@
 """Activations of the models by their shapes: what is alive beside weights and cache when most of it is."""
 
+from collections import Counter
 from typing import Any
 
-from .methods import HACK, Geometry, Method, Plan
+from .methods import HACK, Geometry, Method, Plan, SegmentPlan
 from .methods.base import SCORED_KEYS
 from .methods.hack import CONTEXTUAL, MERGE_CHUNK
 
@@ -53,7 +54,7 @@ def cache_work_bytes(
 
     - without a plan, keys of all tokens so far, and values of them; the old keys are gone when these are joined;
     - with one, group of heads after group of heads, its copies of queries, keys and values and what [`group_bytes`] counts,
-      or [`merge_bytes`] where that is more.
+      or [`merge_bytes`] where that is more; for plans of whole scales what [`segment_tokens`] counts.
 
     Args:
         method (`Method`):
@@ -72,6 +73,8 @@ def cache_work_bytes(
     if plan is None:
         seen = geometry.schedule.prefixes[step] + length
         return base + rows * geometry.num_heads * (seen + length) * head_dim * itemsize
+    if isinstance(plan, SegmentPlan):
+        return base + rows * segment_tokens(plan, step) * head_dim * itemsize
     layer = plan.layers[0]
     stored = layer.store[step - 1] if step else (0,) * len(layer.groups)
     largest = 0
@@ -85,6 +88,20 @@ def cache_work_bytes(
         copies = 3 * length * head_dim * itemsize if len(layer.groups) > 1 else 0
         largest = max(largest, rows * len(group) * (copies + chosen))
     return base + largest
+
+
+def segment_tokens(plan: SegmentPlan, step: int) -> int:
+    """
+    Tokens of a row that are alive while the heads of a layer attend that read equally many: joined keys and values, the
+    values as they were gathered, and where other heads read more or less, copies of queries, keys and values.
+    """
+    length, largest = plan.schedule.lengths[step], 0
+    for layer in plan.layers:
+        together = Counter(layer.attend[step])
+        copies = 3 * length if len(together) > 1 else 0
+        for attend, heads in together.items():
+            largest = max(largest, heads * (3 * attend - length + copies))
+    return largest
 
 
 def merges(method: Method, label: str, last: bool) -> bool:

@@ -9,7 +9,7 @@ import torch
 from .activations import FP32, SAMPLING_BYTES, block_bytes, cache_work_bytes, decoder_bytes
 from .cache.budget import TokenBytes, budget_tokens, make_plan
 from .cache.report import ORIGINAL_KEY_BYTES
-from .methods import Geometry, Plan, get_method
+from .methods import DEFAULT_METHOD, Geometry, Plan, SegmentPlan, get_method
 from .models.autoencoder_bsq import MultiScaleBSQModel
 from .models.autoencoder_msvq import MultiScaleVQModel
 from .models.infinity_schedules import image_size, nearest_schedule
@@ -94,7 +94,7 @@ class Request:
             schedule, VAR its own size only.
         kv_budget (`float`, `int` or `str`, *optional*):
             As the pipeline takes it.
-        method (`str`, *optional*, defaults to `"hack"`):
+        method (`str`, *optional*, defaults to `"hack++"`):
             How tokens are chosen when there is a budget.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
             Of weights, keys and values.
@@ -112,7 +112,7 @@ class Request:
     model: str
     size: tuple[int, int] | None = None
     kv_budget: float | int | str | None = None
-    method: str = "hack"
+    method: str = DEFAULT_METHOD
     dtype: torch.dtype = torch.bfloat16
     images: int = 1
     guided: bool = True
@@ -384,8 +384,13 @@ def even_profile(geometry: Geometry) -> HeadProfile:
 
 
 def peak_tokens(plan: Plan) -> float:
-    """The most tokens that a plan holds at a boundary between steps, averaged over layers and heads."""
+    """
+    The most tokens that a plan holds at a boundary between steps, averaged over layers and heads. Where all layers share an
+    arena, that is as large as the worst checkpoint needs it.
+    """
     heads = sum(len(group) for group in plan.layers[0].groups) * len(plan.layers)
+    if isinstance(plan, SegmentPlan):
+        return plan.checkpoint_peak / heads
     held = (
         sum(len(group) * count for layer in plan.layers for group, count in zip(layer.groups, layer.store[step]))
         for step in range(len(plan.schedule))

@@ -56,6 +56,13 @@ class SegmentPlan(Plan):
         )
         return cls(schedule, budget, layers, until=tuple(tuple(map(tuple, heads)) for heads in until.tolist()))
 
+    @property
+    def checkpoint_peak(self) -> int:
+        """The most tokens of all heads together that are stored after any layer of any step."""
+        stored = np.array([[sum(counts) for counts in layer.store] for layer in self.layers])
+        before = np.concatenate((np.zeros_like(stored[:, :1]), stored[:, :-1]), axis=1)
+        return int((before.sum(0) + np.cumsum(stored - before, axis=0)).max())
+
     def strict(self) -> "SegmentPlan":
         """The plan itself, which keeps its budget at every checkpoint."""
         return self
