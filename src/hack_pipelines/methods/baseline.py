@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ..profiles.head_profile import HeadProfile
 
 
+LEAST_LOG_WEIGHT = -200.0
+
+
 class Baseline(Method):
     """
     A method that gives all heads of a layer one length.
@@ -88,6 +91,11 @@ def recorded(method: Method, profile: "HeadProfile | None", name: str, step: int
             "`pipe.load_head_profile(...)`, or make it with `hack-pipelines calibrate`."
         )
     return profile.mean[name][:, :, step].double()
+
+
+def relative_weights(logs: torch.Tensor) -> list[float]:
+    """Weights with these logarithms over the largest weight, none of them so small that it would not divide."""
+    return (logs - logs.max()).clamp_min(LEAST_LOG_WEIGHT).exp().tolist()
 
 
 def recent_tiers(view: StepView, count: int, sinks: int = 0) -> torch.Tensor:

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from .allocation import allocate
 from .base import Geometry, Ranking, StepView
-from .baseline import LayerBaseline, recorded
+from .baseline import LayerBaseline, recorded, relative_weights
 from .window import check_window, last_positions, min_window_budget, pooled, window_size, window_tiers
 
 
@@ -16,8 +14,8 @@ if TYPE_CHECKING:
     from ..profiles.head_profile import HeadProfile
 
 
-# Logarithms that stand for zero, and for a share of nothing: far below every real one, far above what overflows.
-TINY, LEAST_LOG_WEIGHT = 1e-30, -200.0
+# Stands for an entropy or variance of zero, which has no logarithm.
+TINY = 1e-30
 
 
 @dataclass
@@ -70,8 +68,7 @@ class CAKE(LayerBaseline):
             recorded(self, profile, name, step).sum(1).clamp_min(TINY).log() / temperature
             for name, temperature in (("entropy", self.tau1), ("colvar", self.tau2))
         ]
-        total = torch.stack(logs).sum(0)
-        return (total - total.max()).clamp_min(LEAST_LOG_WEIGHT).exp().tolist()
+        return relative_weights(logs[0] + logs[1])
 
     def layer_budgets(
         self, geometry: Geometry, budget: int, profile: "HeadProfile | None", step: int, present: Sequence[int]

@@ -8,7 +8,7 @@ import torch
 
 from .allocation import allocate
 from .base import Geometry, Ranking, StepView
-from .baseline import LayerBaseline, recorded
+from .baseline import LayerBaseline, recorded, relative_weights
 from .hack import merge_by_cosine
 from .heavy_hitters import HALF_WITH_SINKS, SINKS, average, heavy_hitters
 
@@ -50,8 +50,7 @@ class MEDA(LayerBaseline):
         self, geometry: Geometry, budget: int, profile: "HeadProfile | None", step: int, present: Sequence[int]
     ) -> list[int]:
         entropies = recorded(self, profile, "entropy", step).mean(1)
-        # Beyond this distance a weight is as good as zero, but would no longer divide.
-        weights = (entropies - entropies.max()).clamp_min(-200).exp().tolist()
+        weights = relative_weights(entropies)
         floors = [min(count, least_tokens(count)) for count in present]
         layers = geometry.num_layers
         return allocate([1] * layers, weights, present, floors, min(budget * layers, sum(present)))
