@@ -7,11 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hack_pipelines import HACK, Random
-from hack_pipelines.evaluation import first_differing_step, psnr, teacher_forced_nll, token_agreement
+from hack_pipelines.evaluation import (
+    first_differing_step,
+    frechet_distance,
+    psnr,
+    ssim,
+    teacher_forced_nll,
+    token_agreement,
+)
 from hack_pipelines.evaluation.fidelity import token_agreement_by_scale
 
 from .components import half_contextual, masked_nll, tiny_pipeline
@@ -55,6 +65,115 @@ def test_psnr_refuses(images, match):
         psnr(images, torch.zeros(1, 3, 4, 4))
 
 
+def looped_ssim(image: np.ndarray, other: np.ndarray) -> float:
+    """SSIM of one channel, place by place."""
+    places = np.arange(11) - 5
+    weights = np.exp(-(places[:, None] ** 2 + places[None] ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    values = []
+    for top in range(image.shape[0] - 10):
+        for left in range(image.shape[1] - 10):
+            x, y = (array[top : top + 11, left : left + 11] for array in (image, other))
+            mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
+            variance_x, variance_y = (weights * (x - mean_x) ** 2).sum(), (weights * (y - mean_y) ** 2).sum()
+            covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
+            luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+            values.append(luminance * (2 * covariance + 0.03**2) / (variance_x + variance_y + 0.03**2))
+    return float(np.mean(values))
+
+
+@given(st.integers(11, 16), st.integers(11, 16), st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_ssim_is_that_of_the_loop(height, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(2, 3, height, width, generator=generator, dtype=torch.float64)
+    reference = (images + 0.3 * torch.rand(images.shape, generator=generator, dtype=torch.float64)).clamp(0, 1)
+    expected = [
+        np.mean([looped_ssim(*pair) for pair in zip(*both)]) for both in zip(images.numpy(), reference.numpy())
+    ]
+    assert ssim(images, reference).tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_ssim_of_known_images():
+    image = torch.rand(1, 3, 16, 12, generator=torch.Generator().manual_seed(0))
+    assert ssim(image, image).tolist() == pytest.approx([1.0])
+    other = image.flip(-1)
+    assert torch.allclose(ssim(image, other), ssim(other, image)) and ssim(image, other) < 0.5
+    # Without structure only the means count.
+    flat = ssim(torch.full((1, 1, 11, 11), 0.5), torch.full((1, 1, 11, 11), 0.25))
+    assert flat.item() == pytest.approx((2 * 0.5 * 0.25 + 1e-4) / (0.5**2 + 0.25**2 + 1e-4))
+    # A negative has the opposite structure.
+    assert ssim(image, 1 - image) < 0
+
+
+@pytest.mark.parametrize(
+    ("images", "reference", "match"),
+    [
+        (torch.zeros(1, 3, 16, 15), torch.zeros(1, 3, 16, 16), "one shape"),
+        (torch.full((1, 3, 16, 16), -0.5), torch.zeros(1, 3, 16, 16), "-0.5"),
+        (torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16), "11 pixels"),
+    ],
+)
+def test_ssim_refuses(images, reference, match):
+    with pytest.raises(ValueError, match=match):
+        ssim(images, reference)
+
+
+def members_of(mean: list[float], covariance: np.ndarray, count: int = 40) -> np.ndarray:
+    """Members whose mean and covariance are exactly these."""
+    members = np.random.default_rng(0).standard_normal((count, len(mean)))
+    members -= members.mean(0)
+    members = members @ np.linalg.inv(np.linalg.cholesky(np.cov(members.T).reshape(len(mean), -1))).T
+    return members @ np.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_gaussians_with_a_closed_form():
+    first = members_of([1.0, 2.0, 3.0], np.diag([4.0, 1.0, 9.0]))
+    # Of commuting covariances the root is that of each variance.
+    second = members_of([1.0, 0.0, 3.0], np.diag([1.0, 1.0, 4.0]), count=25)
+    assert frechet_distance(first, second) == pytest.approx(2**2 + (2 - 1) ** 2 + (3 - 2) ** 2)
+    assert frechet_distance(first, first + 2) == pytest.approx(3 * 2**2)
+    assert frechet_distance(first, 3 * first) == pytest.approx(4 * (first.mean(0) @ first.mean(0)) + 4 * 14)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+    # Of one channel it is that of two numbers.
+    line = members_of([0.0], np.array([[4.0]])), members_of([5.0], np.array([[9.0]]))
+    assert frechet_distance(*line) == pytest.approx(5**2 + (3 - 2) ** 2)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    first, second = np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([[5.0, -2.0], [-2.0, 1.0]])
+    # The trace of the root of a 2 by 2 matrix with positive eigenvalues follows from its trace and determinant.
+    product = first @ second
+    root = math.sqrt(np.trace(product) + 2 * math.sqrt(np.linalg.det(product)))
+    expected = np.trace(first) + np.trace(second) - 2 * root
+    features = [torch.from_numpy(members_of([0.0, 0.0], matrix)) for matrix in (first, second)]
+    assert frechet_distance(*features) == pytest.approx(expected)
+    assert frechet_distance(*features[::-1]) == pytest.approx(expected)
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+    assert frechet_distance(*(entry @ turn for entry in features)) == pytest.approx(expected)
+
+
+def test_frechet_distance_of_few_members():
+    features = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    # The root of a singular covariance loses half of the digits.
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-5)
+    assert frechet_distance(features, features + 1) == pytest.approx(8, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "match"),
+    [
+        (torch.zeros(1, 2), "at least two members"),
+        (torch.zeros(3, 3), "same channels"),
+        (torch.zeros(3), "members, channels"),
+        (torch.full((3, 2), math.nan), "finite"),
+    ],
+)
+def test_frechet_distance_refuses(features, match):
+    with pytest.raises(ValueError, match=match):
+        frechet_distance(features, torch.zeros(4, 2))
+
+
 def test_agreement_of_known_tokens():
     reference = scales([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
     tokens = scales([1, 2, 3, 4, 5], [1, 2, 0, 4, 0], [0, 2, 3, 4, 5])
@@ -77,10 +196,18 @@ def test_likelihood_at_lossless_and_small_budgets(pipe, pictures):
     assert (teacher_forced_nll(pipe, *pictures, 6, Random(protocol="pre")) - full).abs().min() > 1e-4
 
 
+def test_likelihood_takes_what_a_call_takes(pipe, pictures):
+    full = teacher_forced_nll(pipe, *pictures)
+    quantised = teacher_forced_nll(pipe, *pictures, kv_dtype="int8")
+    assert 0 < (quantised - full).abs().max() < 0.1
+    with pytest.raises(ValueError, match="ties what a step attends to"):
+        teacher_forced_nll(pipe, *pictures, 0.5, HACK(), attention_budget=0.5)
+
+
 def test_likelihood_of_a_picture_does_not_depend_on_its_batch(pipe, pictures):
     tokens, labels = pictures
-    together = teacher_forced_nll(pipe, tokens, labels, 0.4)
-    alone = torch.cat([teacher_forced_nll(pipe, tokens[i : i + 1], labels[i : i + 1], 0.4) for i in range(5)])
+    together = teacher_forced_nll(pipe, tokens, labels, 0.4, "hack")
+    alone = torch.cat([teacher_forced_nll(pipe, tokens[i : i + 1], labels[i : i + 1], 0.4, "hack") for i in range(5)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
@@ -90,7 +217,7 @@ def test_likelihood_of_a_picture_does_not_depend_on_its_batch(pipe, pictures):
         ((torch.zeros(2, 29), [0, 1]), r"\[images, 30\]"),
         ((torch.zeros(2, 30), [0]), "one input an image"),
         ((torch.zeros(2, 30), [0, 1], None, "hack", 0), "batch_size"),
-        ((torch.zeros(2, 30), [0, 1], 0.5, "h2o"), "h2o"),
+        ((torch.zeros(2, 30), [0, 1], 0.5, "magic"), "magic"),
     ],
 )
 def test_likelihood_refuses(pipe, arguments, match):
@@ -129,18 +256,3 @@ def test_shapes_benchmark_of_attention_alone(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and {row["measured"] for row in rows} == {"cache"}
     assert all(float(row["seconds_min"]) >= float(row["cache_seconds"]) for row in rows)
-
-
-def test_quality_benchmark_runs_and_resumes(tmp_path):
-    pytest.importorskip("matplotlib")
-    arguments = ("--quick", "--output", str(tmp_path), "--methods", "hack", "random", "--budgets", "1.0", "0.4")
-    run("demo_quality.py", *arguments)
-    table = tmp_path / "demo_quality.csv"
-    first = table.read_text()
-    with open(table, newline="") as file:
-        rows = {(row["method"], row["budget"]): row for row in csv.DictReader(file)}
-    assert float(rows["hack", "1.0"]["nll_rise"]) == 0 and float(rows["hack", "1.0"]["agreement"]) == 1
-    assert int(rows["hack", "0.4"]["bytes_allocated_peak"]) < int(rows["full", ""]["bytes_allocated_peak"])
-    run("demo_quality.py", *arguments)
-    assert table.read_text() == first
-    assert (tmp_path / "pictures.png").stat().st_size > 0 and (tmp_path / "demo_quality.png").stat().st_size > 0
