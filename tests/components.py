@@ -161,6 +161,9 @@ class FixedTypes:
     def check_fits(self, geometry):
         pass
 
+    def check_holds(self, arrays, method):
+        pass
+
     def for_schedule(self, schedule):
         return self
 

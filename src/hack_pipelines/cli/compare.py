@@ -49,9 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["hack", "scale_window", "random"],
+        default=["hack++", "hack", "scale_window", "random"],
         metavar="METHOD",
-        help='names, also with options: "hack:rules=contextual,alpha=0.4" (default: hack scale_window random)',
+        help='names, also with options: "hack:rules=contextual,alpha=0.4" (default: hack++ hack scale_window random)',
     )
     parser.add_argument(
         "--budgets",

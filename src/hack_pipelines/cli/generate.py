@@ -78,7 +78,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser):
         metavar="BUDGET",
         help="what may stay stored: a fraction (0.3), tokens per head (100), bytes per picture (64MB), or none (default)",
     )
-    group.add_argument("--method", default="hack", help="see `hack-pipelines methods` (default: hack)")
+    group.add_argument("--method", default="hack++", help="see `hack-pipelines methods` (default: hack++)")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser):

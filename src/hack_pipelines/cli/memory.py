@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="BUDGET",
         help="a fraction of the full cache, tokens per head, bytes per image such as 64MB, or none (default)",
     )
-    parser.add_argument("--method", default="hack", metavar="NAME", help="how tokens are chosen (default: hack)")
+    parser.add_argument("--method", default="hack++", metavar="NAME", help="how tokens are chosen (default: hack++)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="precision of weights and cache (bf16)")
     parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="images drawn together (1)")
     parser.add_argument("--no-guidance", action="store_true", help="one row an image instead of two")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..cache import Cache
-from ..methods import Method
+from ..methods import DEFAULT_METHOD, Method
 from ..pipelines.pipeline_hack_var import HackVARPipeline
 
 
@@ -104,7 +104,7 @@ def teacher_forced_nll(
     tokens: torch.Tensor,
     inputs: Sequence[int | str],
     kv_budget: float | int | str | None = None,
-    method: str | Method = "hack",
+    method: str | Method = DEFAULT_METHOD,
     batch_size: int = 32,
     attention_budget: float | int | str | None = None,
     kv_dtype: str | None = None,
@@ -127,7 +127,7 @@ def teacher_forced_nll(
             Class or prompt of every image.
         kv_budget (`float`, `int` or `str`, *optional*):
             As in the pipeline's call. Bytes count one row an image here, because there is no guidance.
-        method (`str` or [`Method`], *optional*, defaults to `"hack"`):
+        method (`str` or [`Method`], *optional*, defaults to `"hack++"`):
             As in the pipeline's call.
         batch_size (`int`, *optional*, defaults to 32):
             Images that run together.

@@ -1,5 +1,7 @@
 """Compression methods, one file each, and the list of them."""
 
+from dataclasses import is_dataclass
+
 from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView
 from .cake import CAKE
 from .full import Full
@@ -44,6 +46,33 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
+# The best that is known at equal bytes, see docs/comparison.md.
+DEFAULT_METHOD = HACKPlusPlus.name
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """
+    Make a method known by its name, to pipelines and to the command line of this process; usable as a decorator.
+
+    Args:
+        method (`type[Method]`):
+            A dataclass whose fields all have defaults.
+
+    Raises:
+        `TypeError`: if it is no such class.
+        `ValueError`: if the name is taken or would not be read back from a text.
+    """
+    if not (isinstance(method, type) and issubclass(method, Method) and is_dataclass(method)):
+        raise TypeError(f"A method must be a dataclass derived from `Method` but {method!r} is none.")
+    name = getattr(method, "name", None)
+    if not isinstance(name, str) or not name or set(name) & set(": ,=@/"):
+        raise ValueError(f"`name` must be a word without any of ':,=@/' but is {name!r}.")
+    if METHODS.get(name, method) is not method:
+        raise ValueError(f"There is a method {name!r} already, {METHODS[name].__name__}: choose another name.")
+    method()
+    METHODS[name] = method
+    return method
+
 
 def get_method(method: str | Method) -> Method:
     """
@@ -58,6 +87,7 @@ def get_method(method: str | Method) -> Method:
 __all__ = [
     "CAKE",
     "H2O",
+    "DEFAULT_METHOD",
     "METHODS",
     "HACK",
     "Full",
@@ -82,4 +112,5 @@ __all__ = [
     "StreamingLLM",
     "ValueNorm",
     "get_method",
+    "register_method",
 ]

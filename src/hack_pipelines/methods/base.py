@@ -139,18 +139,18 @@ class Plan:
             return sum(size * count for size, count in zip(sizes[layer], store[layer][step]))
 
         for step in range(len(self.schedule) - 1, 0, -1):
-            total = sum(held(layer, step - 1) for layer in range(len(store)))
+            total = sum(held(index, step - 1) for index in range(len(store)))
             worst = total
-            for layer in range(len(store)):
-                total += held(layer, step) - held(layer, step - 1)
+            for index in range(len(store)):
+                total += held(index, step) - held(index, step - 1)
                 worst = max(worst, total)
             excess = worst - allowed
-            for layer in range(len(store) - 1, -1, -1):
-                for group, size in enumerate(sizes[layer]):
-                    spare = store[layer][step - 1][group] - store[layer][step][group]
+            for index in range(len(store) - 1, -1, -1):
+                for group, size in enumerate(sizes[index]):
+                    spare = store[index][step - 1][group] - store[index][step][group]
                     if excess > 0 and spare > 0:
                         cut = min(spare, -(-excess // size))
-                        store[layer][step - 1][group] -= cut
+                        store[index][step - 1][group] -= cut
                         excess -= cut * size
         layers = []
         for layer, counts in zip(self.layers, store):

@@ -16,7 +16,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     source: ClassVar[str] = "no compression"
-    protocol: ClassVar[str] = "post"
+    protocol = "post"
 
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
         return geometry.schedule.cacheable

@@ -157,8 +157,10 @@ class HACK(Method):
         """Tokens of a head of each type."""
         # Attention to a part has a use for all tokens, storage alone for all but those of the last scale.
         largest = geometry.schedule.total if self.protocol == "pre" else geometry.schedule.cacheable
-        numbers = (sum(len(members.get(label, ())) for members in layers) for label in (CONTEXTUAL, STRUCTURAL))
-        return dict(zip((CONTEXTUAL, STRUCTURAL), self.budgets(budget, *numbers, largest)))
+        contextual, structural = (
+            sum(len(members.get(label, ())) for members in layers) for label in (CONTEXTUAL, STRUCTURAL)
+        )
+        return dict(zip((CONTEXTUAL, STRUCTURAL), self.budgets(budget, contextual, structural, largest)))
 
     def _structural_tiers(self, view: StepView) -> torch.Tensor:
         """

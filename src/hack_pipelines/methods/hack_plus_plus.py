@@ -27,31 +27,33 @@ class HACKPlusPlus(Method):
     """
     Two head types; what a step sees and what is remembered are chosen apart, both out of all that is there.
 
-    Contextual heads rank tokens by the attention of a few queries, spread to their neighbours by a maximum. Structural
-    heads need no product of queries and keys: a token counts as much as its scale usually gets from the scale that is drawn,
-    times the norm of its value. The storage budget goes to the layers, types and steps on which later steps rely most.
+    Contextual heads rank tokens by the attention of a few queries. Structural heads need no product of queries and keys: a
+    token counts as much as its scale usually gets, times the norm of its value. The storage budget goes to the layers, types
+    and steps on which later steps rely most.
 
     Args:
-        attention_budget (`float`, `int` or `str`, *optional*, defaults to 0.3):
-            What a head may attend to in a step, where the call does not say; `None` is everything.
+        attention_budget (`float`, `int` or `str`, *optional*):
+            What a head may attend to in a step, where the call does not say; `None` is everything. The paper's is 0.3.
         alpha (`float`, *optional*, defaults to 0.5):
             Share of heads that are contextual.
-        tau (`float`, *optional*, defaults to 0.5):
-            Power of the reliance on history in the shares of the budget; 0 gives every head the same, 1 shares in proportion.
+        tau (`float`, *optional*, defaults to 1.0):
+            Power of the reliance on history in the shares of the budget; 0 gives every head the same, 1 shares in
+            proportion. The paper does not print it.
         min_tokens (`int`, *optional*):
             Fewest tokens that a head stores, as far as there are as many; those of the first two scales by default.
         n_obs (`int`, *optional*, defaults to 32):
             Queries that score the keys of contextual heads; all of them while a scale has at most twice as many.
         query_sampling (`"lattice"` or `"linspace"`, *optional*, defaults to `"lattice"`):
             Where these queries lie: spread over the grid, or at equal distances in raster order.
-        pooling (`"3x3"`, `"5x5"`, `"sequence"` or `"none"`, *optional*, defaults to `"3x3"`):
+        pooling (`"none"`, `"3x3"`, `"5x5"` or `"sequence"`, *optional*, defaults to `"none"`):
             Neighbours whose largest score a token of a contextual head takes: on the grid of its scale, or 5 along the
-            sequence.
+            sequence. The paper pools, without saying over what; on small token maps it costs quality.
         prior (`"token"`, `"mass"` or `"none"`, *optional*, defaults to `"token"`):
             What a token of a structural head gets for its scale: the attention that one of its tokens usually gets, or that
             all of them get, or nothing.
-        prior_step (`"current"` or `"next"`, *optional*, defaults to `"current"`):
-            Whether storage asks what the current or what the next step attends to.
+        prior_step (`"next"` or `"current"`, *optional*, defaults to `"next"`):
+            Whether storage asks what the next or what the current step attends to. The paper takes the same scores for
+            storage and attention, which is `"current"`.
         init_scales (`int`, *optional*, defaults to 0):
             First scales that are never lost.
         merge_at (`"never"` or `"final"`, *optional*, defaults to `"never"`):
@@ -61,7 +63,7 @@ class HACKPlusPlus(Method):
     """
 
     name: ClassVar[str] = "hack++"
-    protocol: ClassVar[str] = "decoupled"
+    protocol = "decoupled"
     needs_profile: ClassVar[bool] = True
     profile_arrays: ClassVar[tuple[str, ...]] = ("colvar", "mass")
     needs_ids: ClassVar[bool] = True
@@ -109,6 +111,7 @@ class HACKPlusPlus(Method):
         attention_budget: int | None = None,
     ) -> Plan:
         types = typed_heads(profile, self.alpha)
+        assert profile is not None
         mass = profile.mean["mass"].double()
         attended = geometry.schedule.total if attention_budget is None else attention_budget
         stored = self._stored(geometry, budget, types, reliance(mass, geometry.schedule))
@@ -129,7 +132,8 @@ class HACKPlusPlus(Method):
         if view.label == CONTEXTUAL:
             return Ranking(self._pooled_attention(view), self._tiers(view))
         norms = torch.cat(
-            [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in (view.stored_value, view.value)], -1
+            [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in (view.stored_value, view.value)],
+            -1,
         )
         now = norms * self._prior_of_tokens(view, view.step)
         later = None

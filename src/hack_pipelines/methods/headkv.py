@@ -107,9 +107,7 @@ class HeadKV(Method):
         if profile is None:
             raise ValueError("HeadKV needs a head profile to tell how local a head is, or `types='online'`.")
         localities = self._localities(profile, geometry.schedule)
-        layers = tuple(
-            self._layer(geometry.schedule, budget, locality, start=0) for locality in localities.tolist()
-        )
+        layers = tuple(self._layer(geometry.schedule, budget, locality, start=0) for locality in localities.tolist())
         return Plan(geometry.schedule, budget, layers)
 
     def replan(self, view: StepView, layer: LayerPlan) -> LayerPlan | None:
@@ -151,9 +149,7 @@ class HeadKV(Method):
             total=budget * len(localities),
         )
         groups = {limit: tuple(head for head, other in enumerate(own) if other == limit) for limit in sorted(set(own))}
-        limits = [
-            tuple(groups) if step >= start else (budget,) * len(groups) for step in range(len(schedule))
-        ]
+        limits = [tuple(groups) if step >= start else (budget,) * len(groups) for step in range(len(schedule))]
         return LayerPlan.from_limits(schedule, tuple(groups.values()), ("",) * len(groups), limits, self.protocol)
 
     def _tiers(self, view: StepView, scores: torch.Tensor) -> torch.Tensor:
@@ -191,11 +187,11 @@ def locality_of(view: StepView, radius: int) -> torch.Tensor:
     near_tokens = NearTokens(view.schedule, view.step, view.query.device)
     ids = view.ids
     counted = near_tokens.counted[ids]
-    near, everything = 0.0, 0.0
+    near = everything = torch.zeros(view.query.shape[:2], device=view.query.device)
     for positions in torch.arange(view.query.shape[2], device=view.query.device).split(SCORED_QUERIES):
         attention = view.attention_rows(positions)
         mask = near_tokens.masks(int(positions[0]), len(positions))[LOCAL_RADII.index(radius)]
         # The mask is `[queries, all tokens so far]`; the present ones differ by row and head.
         near = near + (attention * mask[:, ids].permute(1, 2, 0, 3)).sum((2, 3))
         everything = everything + (attention * counted.unsqueeze(2)).sum((2, 3))
-    return torch.where(everything > 0, near / everything.clamp_min(1e-12), torch.zeros_like(everything))
+    return torch.where(everything > 0, near / everything.clamp_min(1e-12), 0.0)

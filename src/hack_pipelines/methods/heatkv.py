@@ -25,7 +25,7 @@ class HeatKV(Method):
     """
 
     name: ClassVar[str] = "heatkv"
-    protocol: ClassVar[str] = "static"
+    protocol = "static"
     needs_profile: ClassVar[bool] = True
     profile_arrays: ClassVar[tuple[str, ...]] = ("mass",)
     source: ClassVar[str] = "arXiv 2605.14877"

@@ -69,7 +69,7 @@ class ScaleKV(Method):
     name: ClassVar[str] = "scalekv"
     profile_arrays: ClassVar[tuple[str, ...]] = ("mass", "topk_hist")
     source: ClassVar[str] = "arXiv 2505.19602"
-    protocol: ClassVar[str] = "post"  # type: ignore[misc]
+    protocol = "post"
 
     allocation: str = "saturate"
     budgets_file: str | None = None

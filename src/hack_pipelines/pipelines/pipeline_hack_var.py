@@ -17,7 +17,7 @@ from ..cache.storage import get_storage
 from ..convert import load_original
 from ..hub.checks import check_weights, read_json
 from ..hub.sources import locate
-from ..methods import Full, Geometry, Method, get_method
+from ..methods import DEFAULT_METHOD, Full, Geometry, Method, get_method
 from ..profiles.head_profile import HeadProfile
 from ..schedule import Schedule
 from .pipeline_output import HackVARPipelineOutput
@@ -233,7 +233,7 @@ class HackVARPipeline(DiffusionPipeline):
         self,
         kv_budget: float | int | str | None = None,
         attention_budget: float | int | str | None = None,
-        method: str | Method = "hack",
+        method: str | Method = DEFAULT_METHOD,
         kv_dtype: str | None = None,
         guided: bool = True,
         schedule: Schedule | None = None,
@@ -247,7 +247,7 @@ class HackVARPipeline(DiffusionPipeline):
                 such as `"64MB"`. `None` keeps everything.
             attention_budget (`float`, `int` or `str`, *optional*):
                 What a step may attend to; only for methods that separate it from `kv_budget`.
-            method (`str` or [`Method`], *optional*, defaults to `"hack"`):
+            method (`str` or [`Method`], *optional*, defaults to `"hack++"`):
                 How tokens are chosen.
             kv_dtype (`"int8"`, *optional*):
                 Storage type of keys and values. `None` is the type that attention reads.
@@ -286,6 +286,7 @@ class HackVARPipeline(DiffusionPipeline):
         if not method.needs_profile:
             return None
         if self.head_profile is not None:
+            self.head_profile.check_holds(method.profile_arrays, method.name)
             return self.head_profile.for_schedule(schedule)
         if self._fallback_profile is None:
             from ..calibration.calibrate import calibrate

@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import replace_example_docstring
 
 from ..cache.cache import Cache
-from ..methods import Method
+from ..methods import DEFAULT_METHOD, Method
 from ..models.autoencoder_msvq import MultiScaleVQModel
 from ..models.transformer_var import VARTransformer2DModel
 from ..schedule import Schedule
@@ -234,7 +234,7 @@ class HackVARClassPipeline(HackVARPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         kv_budget: float | int | str | None = None,
         attention_budget: float | int | str | None = None,
-        method: str | Method = "hack",
+        method: str | Method = DEFAULT_METHOD,
         kv_dtype: str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -268,7 +268,7 @@ class HackVARClassPipeline(HackVARPipeline):
                 such as `"64MB"`. `None` keeps everything.
             attention_budget (`float`, `int` or `str`, *optional*):
                 What a step may attend to; only for methods that separate it from `kv_budget`.
-            method (`str` or [`Method`], *optional*, defaults to `"hack"`):
+            method (`str` or [`Method`], *optional*, defaults to `"hack++"`):
                 How tokens are chosen when `kv_budget` is given.
             kv_dtype (`str`, *optional*):
                 Storage type of keys and values; `None` is the type that attention reads.

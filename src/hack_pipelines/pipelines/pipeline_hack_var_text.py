@@ -8,7 +8,7 @@ from diffusers.utils import logging, replace_example_docstring
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..cache.cache import Cache
-from ..methods import Method
+from ..methods import DEFAULT_METHOD, Method
 from ..models.autoencoder_bsq import MultiScaleBSQModel
 from ..models.infinity_schedules import (
     DEFAULT_SAMPLING,
@@ -392,7 +392,7 @@ class HackVARTextPipeline(HackVARPipeline):
         negative_prompt_embeds: Sequence[torch.Tensor] | torch.Tensor | None = None,
         kv_budget: float | int | str | None = None,
         attention_budget: float | int | str | None = None,
-        method: str | Method = "hack",
+        method: str | Method = DEFAULT_METHOD,
         kv_dtype: str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -441,7 +441,7 @@ class HackVARTextPipeline(HackVARPipeline):
                 such as `"512MB"`. `None` keeps everything.
             attention_budget (`float`, `int` or `str`, *optional*):
                 What a step may attend to; only for methods that separate it from `kv_budget`.
-            method (`str` or [`Method`], *optional*, defaults to `"hack"`):
+            method (`str` or [`Method`], *optional*, defaults to `"hack++"`):
                 How tokens are chosen when `kv_budget` is given.
             kv_dtype (`str`, *optional*):
                 Storage type of keys and values; `None` is the type that attention reads.

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,26 @@ class HeadProfile(
         shapes = {name: shape for name, shape in shapes.items() if name in mean}
         self.mean = checked_arrays("mean", mean, shapes)
         self.variance = checked_arrays("variance", variance, shapes)
+
+    def check_holds(self, arrays: Iterable[str], method: str):
+        """
+        Refuse a method that reads an array which the profile lacks.
+
+        Args:
+            arrays (`Iterable[str]`):
+                What the method reads.
+            method (`str`):
+                Its name.
+
+        Raises:
+            `ValueError`: naming what is missing.
+        """
+        missing = [name for name in arrays if name not in self.mean]
+        if missing:
+            raise ValueError(
+                f"The head profile of {self.title} has no {', '.join(f'`{name}`' for name in missing)}, which method "
+                f"{method!r} needs: make a complete one with `hack-pipelines calibrate`."
+            )
 
     def for_schedule(self, schedule: Schedule) -> "HeadProfile":
         """
