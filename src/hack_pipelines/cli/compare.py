@@ -10,6 +10,7 @@ from .options import (
     Family,
     add_model_arguments,
     add_prompts_file_argument,
+    choose_device,
     family_of,
     load_pipeline,
     parse_budget,
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 
 BUDGETS = (0.5, 0.3, 0.2, 0.1, 0.05)
-# The modes of `hack_pipelines.comparison.study`, which is imported only when the command runs.
+# Names out of `hack_pipelines.comparison`, which is imported only when the command runs.
 SAMPLING = ("sampled", "greedy")
+METRICS = ("fid", "lpips", "clip")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -76,6 +78,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         default=["sampled"],
         help="draw as the model does, take the most likely token, or both one after the other (default: sampled)",
     )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        help="more measures of the pictures, which need `pip install 'hack_pipelines[eval]'` and download networks",
+    )
+    parser.add_argument("--reference-images", type=Path, metavar="FOLDER", help="real images for `--metrics fid`")
     parser.add_argument("--no-pictures", action="store_true", help="measure the likelihood only")
     parser.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="run together (default: 32)")
     parser.add_argument("--seed", type=parse_seed, default=0, help="of the first picture, the next have the next ones")
@@ -110,6 +119,7 @@ def run(args: argparse.Namespace):
     """Check all that can be checked, then measure."""
     from ..cache.storage import get_storage
     from ..comparison import ComparisonFolder, Settings, Study
+    from ..comparison.metrics import load_metrics
     from ..comparison.plot import NO_MATPLOTLIB, can_plot
     from ..comparison.report import write_tables
     from ..methods import get_method
@@ -119,7 +129,10 @@ def run(args: argparse.Namespace):
         get_method(method)
     get_storage(args.kv_dtype)
     held_out = None if args.held_out is None else read_held_out(args.held_out)
+    if args.metrics and args.no_pictures:
+        raise ValueError("`--metrics` measures pictures, but `--no-pictures` has none drawn: leave one of them out.")
     check_folder(args.output)
+    metrics = load_metrics(args.metrics or (), choose_device(args.device), args.reference_images)
     if not can_plot():
         print(NO_MATPLOTLIB, file=sys.stderr)
     family = family_of(load_pipeline(args))
@@ -134,7 +147,7 @@ def run(args: argparse.Namespace):
         kv_dtype=args.kv_dtype,
     )
     folder = ComparisonFolder(args.output)
-    study = Study(family.pipe, folder, settings, held_out, identity(args))
+    study = Study(family.pipe, folder, settings, held_out, metrics, identity(args))
     measure(study, args)
     print(write_tables(folder), end="")
 
@@ -154,7 +167,7 @@ def measure(study: Any, args: argparse.Namespace):
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:
     """What belongs to the settings of a folder besides those of the study."""
-    names = ("model", "variant", "dtype", "device", "head_profile", "held_out")
+    names = ("model", "variant", "dtype", "device", "head_profile", "held_out", "metrics", "reference_images")
     return {name: None if getattr(args, name) is None else str(getattr(args, name)) for name in names}
 
 

@@ -55,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = subparsers.add_parser(
         "demo",
         help="draw a sheet with the model inside the package",
-        description="Draw eight prompts or classes with the full cache and with HACK at three budgets, from the same seeds.",
+        description="Draw eight prompts or classes with the full cache and with three smaller ones, from the same seeds.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="the sheet (default: demo.png)")

@@ -78,7 +78,16 @@ def add_cache_arguments(parser: argparse.ArgumentParser):
         metavar="BUDGET",
         help="what may stay stored: a fraction (0.3), tokens per head (100), bytes per picture (64MB), or none (default)",
     )
-    group.add_argument("--method", default="hack++", help="see `hack-pipelines methods` (default: hack++)")
+    group.add_argument(
+        "--method", default="hack++", help="name[:option=value,...], see `hack-pipelines methods` (default: hack++)"
+    )
+    group.add_argument(
+        "--attention-budget",
+        type=parse_budget,
+        metavar="BUDGET",
+        help="what a step may attend to, written the same way, for methods that tell it from what is stored",
+    )
+    group.add_argument("--kv-dtype", metavar="TYPE", help="int8 stores keys and values in 8 bits (default: as computed)")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser):
@@ -113,7 +122,7 @@ def add_class_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     """Draw the pictures, batch by batch."""
-    check_method(args.method, args.kv_budget)
+    check_method(args.method, args.kv_budget, args.attention_budget, args.kv_dtype)
     texts = args.inputs + (args.classes or []) + read_prompts_file(args.prompts_file)
     with PictureWriter(args.output, args.output_dir) as writer:
         family = family_of(load_pipeline(args))

@@ -149,21 +149,29 @@ def load_pipeline(args: argparse.Namespace) -> "HackVARPipeline":
     return pipe.to(device)
 
 
-def check_method(method: str, budget: float | int | str | None):
+def check_method(
+    method: str,
+    budget: float | int | str | None,
+    attention_budget: float | int | str | None = None,
+    kv_dtype: str | None = None,
+):
     """
     Refuse what no model could make sense of, before one is loaded.
 
     Raises:
-        `ValueError`: if there is no such method, or the budget is not written as one.
+        `ValueError`: if there is no such method or storage type, or a budget is not written as one.
     """
     from ..cache.budget import TokenBytes, budget_tokens
+    from ..cache.storage import get_storage
     from ..methods import Geometry, get_method
     from ..schedule import Schedule
 
     get_method(method)
-    if budget is not None:
-        # Only the form is looked at: whether the budget suffices is for the model to say.
-        budget_tokens(budget, Geometry(Schedule(((1, 1),)), 1, 1, 1), TokenBytes(1, 1))
+    get_storage(kv_dtype)
+    for name, value in (("kv_budget", budget), ("attention_budget", attention_budget)):
+        if value is not None:
+            # Only the form is looked at: whether the budget suffices is for the model to say.
+            budget_tokens(value, Geometry(Schedule(((1, 1),)), 1, 1, 1), TokenBytes(1, 1), name)
 
 
 def seeded(seeds: Iterable[int]) -> "list[torch.Generator]":
@@ -283,7 +291,16 @@ class TextFamily(Family):
         return " ".join(str(entry).split()) or "no text"
 
 
-COMMON_ARGUMENTS = ("guidance_scale", "temperature", "top_k", "top_p", "kv_budget", "method")
+COMMON_ARGUMENTS = (
+    "guidance_scale",
+    "temperature",
+    "top_k",
+    "top_p",
+    "kv_budget",
+    "attention_budget",
+    "kv_dtype",
+    "method",
+)
 FAMILIES: dict[str, type[Family]] = {"var": ClassFamily, "infinity": TextFamily}
 
 

@@ -21,6 +21,7 @@ from ..evaluation.fidelity import check_tokens, nll_through
 from ..evaluation.similarity import WINDOW
 from ..methods import Full, Method, get_method
 from .folder import FULL_RUN, ComparisonFolder, Run
+from .metrics import PictureMetric
 from .report import write_reports
 
 
@@ -116,6 +117,8 @@ class Study:
             What all runs share.
         held_out ([`HeldOut`], *optional*):
             Pictures whose likelihood is measured.
+        metrics (`Sequence[PictureMetric]`, *optional*):
+            More measures of the pictures.
         identity (`dict`, *optional*):
             What besides belongs to the folder's settings, such as the name of the model.
 
@@ -128,6 +131,7 @@ class Study:
     folder: ComparisonFolder
     settings: Settings
     held_out: HeldOut | None = None
+    metrics: Sequence[PictureMetric] = ()
     identity: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -135,6 +139,10 @@ class Study:
             raise ValueError("Nothing would be measured: give held-out pictures, or have pictures drawn.")
         if self.held_out is not None:
             check_tokens(self.pipe, self.held_out.tokens, self.held_out.inputs)
+        if any(metric.needs_prompts for metric in self.metrics) and not isinstance(self.settings.inputs[0], str):
+            raise ValueError(
+                "`--metrics clip` compares pictures with prompts, but this model draws classes: leave it out."
+            )
         self.geometry = self.pipe.geometry()
         self.folder.check_settings({**self.identity, **asdict(self.settings)})
         self._reference: dict[str, torch.Tensor] | None = None
@@ -192,7 +200,7 @@ class Study:
         """A row of the table, and the figures of every image, the pictures and the tokens."""
         figures, kept, costs = {}, {}, Costs()
         if self.held_out is not None:
-            figures["nll"] = self.likelihood(run, None if self.settings.sampling else costs)
+            figures["nll"] = self.likelihood(run, self.held_out, None if self.settings.sampling else costs)
         for mode in self.settings.sampling:
             _, prefix = SAMPLING[mode]
             pictures = self.draw(run, mode, costs if mode == self.settings.sampling[0] else None)
@@ -202,16 +210,17 @@ class Study:
                 figures["nll_rise"] = figures["nll"] - self.reference["nll"]
             for mode in self.settings.sampling:
                 figures |= self.fidelity(kept, SAMPLING[mode][1])
+        for mode in self.settings.sampling:
+            figures |= self.measured(run, kept, SAMPLING[mode][1])
         return {**self.described(run), **self.costs(costs), **self.summary(figures)}, {**figures, **kept}
 
-    def likelihood(self, run: Run, costs: Costs | None) -> torch.Tensor:
+    def likelihood(self, run: Run, held_out: HeldOut, costs: Costs | None) -> torch.Tensor:
         """Nats per token of every held-out picture. There is no guidance, and so one row an image."""
-        assert self.held_out is not None
         size, parts = self.settings.batch_size, []
-        for start in bar(range(0, len(self.held_out.tokens), size), "likelihood", leave=False):
+        for start in bar(range(0, len(held_out.tokens), size), "likelihood", leave=False):
             part, begin = slice(start, start + size), time.perf_counter()
             cache = self.pipe.prepare_cache(**self.cache_options(run, 1), guided=False)
-            parts.append(nll_through(cache, self.pipe, self.held_out.tokens[part], self.held_out.inputs[part]))
+            parts.append(nll_through(cache, self.pipe, held_out.tokens[part], held_out.inputs[part]))
             if costs is not None:
                 costs.reports.append(cache.report())
                 costs.seconds.append((time.perf_counter() - begin) / len(parts[-1]))
@@ -283,6 +292,17 @@ class Study:
             figures["ssim"] = ssim(images, others)
         return {f"{prefix}{name}": values for name, values in figures.items()}
 
+    def measured(self, run: Run, kept: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+        """What the other measures say of the pictures of one mode."""
+        pictures, inputs = kept[f"{prefix}pictures"], self.settings.inputs
+        shown = [str(inputs[number % len(inputs)]) for number in range(len(pictures))]
+        full = pictures if run == FULL_RUN else self.reference[f"{prefix}pictures"]
+        return {
+            f"{prefix}{metric.name}": metric.measure(pictures, full, shown)
+            for metric in self.metrics
+            if run != FULL_RUN or not metric.against_full
+        }
+
     def described(self, run: Run) -> dict[str, Any]:
         """Which run a row is of."""
         schedule, settings = self.geometry.schedule, self.settings
@@ -342,7 +362,8 @@ class Study:
         """Means over images and their standard errors; differences to the full cache are paired."""
         result: dict[str, Any] = {}
         for name, values in figures.items():
-            result |= mean_and_error(name, values)
+            # What is measured of a whole set has no error.
+            result |= mean_and_error(name, values) if values.ndim else {name: values.item()}
             if name.endswith("agreement"):
                 result[name.replace("agreement", "identical")] = (values == 1).double().mean().item()
         seen = None if self.held_out is None else self.held_out.seen

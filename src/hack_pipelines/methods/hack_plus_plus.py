@@ -11,7 +11,7 @@ from ..schedule import Schedule
 from .allocation import allocate
 from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice
 from .hack import merge_by_cosine
-from .head_types import CONTEXTUAL, typed_heads
+from .head_types import CONTEXTUAL, needed, typed_heads
 from .selection import observed_positions
 
 
@@ -111,8 +111,7 @@ class HACKPlusPlus(Method):
         attention_budget: int | None = None,
     ) -> Plan:
         types = typed_heads(profile, self.alpha)
-        assert profile is not None
-        mass = profile.mean["mass"].double()
+        mass = needed(profile).mean["mass"].double()
         attended = geometry.schedule.total if attention_budget is None else attention_budget
         stored = self._stored(geometry, budget, types, reliance(mass, geometry.schedule))
         layers, first = [], 0

@@ -23,13 +23,23 @@ def typed_heads(profile: "HeadProfile | None", alpha: float) -> list[dict[str, t
     Raises:
         `ValueError`: if there is no profile.
     """
-    if profile is None:
-        raise ValueError("A head profile is needed to tell contextual heads from structural ones, but there is none.")
     layers = []
-    for flags in profile.contextual_heads(alpha).tolist():
+    for flags in needed(profile).contextual_heads(alpha).tolist():
         members = {
             CONTEXTUAL: tuple(head for head, flag in enumerate(flags) if flag),
             STRUCTURAL: tuple(head for head, flag in enumerate(flags) if not flag),
         }
         layers.append({label: heads for label, heads in members.items() if heads})
     return layers
+
+
+def needed(profile: "HeadProfile | None") -> "HeadProfile":
+    """
+    The profile.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    if profile is None:
+        raise ValueError("A head profile is needed to tell contextual heads from structural ones, but there is none.")
+    return profile

@@ -443,7 +443,7 @@ class HackVARTextPipeline(HackVARPipeline):
                 What a step may attend to; only for methods that separate it from `kv_budget`.
             method (`str` or [`Method`], *optional*, defaults to `"hack++"`):
                 How tokens are chosen when `kv_budget` is given.
-            kv_dtype (`str`, *optional*):
+            kv_dtype (`"int8"`, *optional*):
                 Storage type of keys and values; `None` is the type that attention reads.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"`.
