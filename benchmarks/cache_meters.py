@@ -106,9 +106,13 @@ class WatchedCache:
     watch: Stopwatch
     mode: AbstractContextManager
 
-    def attend(self, *arguments) -> torch.Tensor:
+    @property
+    def wants_projection(self) -> bool:
+        return self.cache.wants_projection
+
+    def attend(self, *arguments, **projection) -> torch.Tensor:
         self.watch.start()
         with self.mode:
-            output = self.cache.attend(*arguments)
+            output = self.cache.attend(*arguments, **projection)
         self.watch.stop()
         return output
