@@ -184,7 +184,7 @@ def test_what_no_model_can_do_is_refused_before_one_is_loaded(tmp_path, capsys):
         == "`kv_budget` must be at least 1 token when it is an int, but is 0."
     )
     assert "For 30 tokens write an int." in refused(capsys, *start, "--kv-budget", "30.0")
-    assert refused(capsys, *start, "--method", "hac").startswith("`method` must be one of 'hack', ")
+    assert refused(capsys, *start, "--method", "hac").startswith("`method` must be one of 'cake', ")
     assert refused(capsys, *start, "-o", tmp_path / "a.txt") == (
         f"'{tmp_path}/a.txt' must end in .png, .jpg, .webp or the like, to say what kind of picture it is."
     )
@@ -242,7 +242,10 @@ def test_one_picture_is_what_the_pipeline_draws(model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"{path}: lighthouse, seed 3\ncache per picture: ")
     # 16 tokens (0.3 of 55) in 3 layers, 4 heads of 16 channels, keys and values in float32, two rows.
-    assert "at most 16.0 tokens a head" in out and f"{16 * 3 * 4 * 16 * 2 * 4 * 2 / 2**20:.2f} MiB stored" in out
+    # HACK++ shares them out by weights, which leaves a rest of less than a group's heads, and counts ids of two bytes.
+    found = re.search(r"([\d.]+) MiB stored .* at most ([\d.]+) tokens a head", out)
+    assert 15.7 < float(found[2]) <= 16
+    assert float(found[1]) == pytest.approx(float(found[2]) * 3 * 4 * (16 * 2 * 4 + 2) * 2 / 2**20, abs=0.006)
 
 
 def test_a_seed_means_one_picture(model, tmp_path):

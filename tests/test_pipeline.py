@@ -13,13 +13,13 @@ import torch
 from hack_pipelines import HACK, HackVARClassPipeline, HackVARPipeline, Random
 from hack_pipelines.pipelines.sampling import filter_logits
 
-from .components import NAMES, half_contextual, seeds, tiny_pipeline, tiny_transformer, tiny_vae
+from .components import NAMES, planted_profile, seeds, tiny_pipeline, tiny_transformer, tiny_vae
 
 
 @pytest.fixture
 def pipe():
     pipe = tiny_pipeline()
-    pipe.head_profile = half_contextual(3, 4)
+    pipe.head_profile = planted_profile(pipe.schedule, 3, 4, 16, 0)
     return pipe
 
 
@@ -204,9 +204,10 @@ def test_progress_bar_counts_scales(capsys):
         ({"kv_budget": 0.0}, "kv_budget"),
         ({"kv_budget": math.nan}, "kv_budget.*nan"),
         ({"kv_budget": "64 parsecs"}, "64 parsecs"),
-        ({"method": "h2o"}, "'h2o'"),
-        ({"kv_budget": 0.5, "method": "h2o"}, "'h2o'"),
-        ({"attention_budget": 0.3}, "attention_budget.*'hack'"),
+        ({"method": "h3o"}, "'h3o'"),
+        ({"kv_budget": 0.5, "method": "h3o"}, "'h3o'"),
+        ({"attention_budget": 0.3, "method": "hack"}, "attention_budget.*'hack'"),
+        ({"kv_budget": 0.5, "attention_budget": 1}, "attention_budget=1.*at least 5"),
         ({"kv_dtype": "int3"}, "kv_dtype.*int3"),
     ],
 )

@@ -28,7 +28,7 @@ from hack_pipelines.models.transformer_infinity import InfinityCondition, rotary
 from hack_pipelines.pipelines import pipeline_hack_var_text
 from hack_pipelines.schedule import Schedule
 
-from .components import OriginalCache, half_contextual, seeds, tiny_bsq, tiny_text_pipeline
+from .components import OriginalCache, planted_profile, seeds, tiny_bsq, tiny_text_pipeline
 
 
 PROMPTS = ["a lighthouse in a storm", "a storm"]
@@ -38,7 +38,7 @@ WIDE = [(1, 1), (2, 3), (2, 4), (4, 6)]
 @pytest.fixture
 def pipe():
     pipe = tiny_text_pipeline()
-    pipe.head_profile = half_contextual(3, 4)
+    pipe.head_profile = planted_profile(pipe.schedule, 3, 4, 16, 0)
     return pipe
 
 
