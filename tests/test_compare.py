@@ -171,12 +171,22 @@ def test_rows_say_how_they_were_measured(compared, model):
 
 
 def test_the_table_is_sorted_and_the_pictures_are_there(compared):
-    lines = (compared / "results.md").read_text().splitlines()
+    overview, everything = (compared / "results.md").read_text().split("Everything that was measured:")
+    lines = everything.splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert table[0][:4] == ["method", "protocol", "budget", "keep"] and table[2][0] == "full"
     rises = [float(row[table[0].index("NLL rise")].split(" ± ")[0]) for row in table[3:]]
     assert rises == sorted(rises) and len(rises) == 3
-    assert "Skipped" not in "".join(lines)
+    assert "Skipped" not in everything
+    methods = [line.split(" | ")[0].removeprefix("| ") for line in overview.splitlines() if line.startswith("| ")]
+    by_rise, by_psnr, by_agreement = (methods[start + 2 : start + 5] for start in (0, 5, 10))
+    assert by_rise == [row[0] for row in table[3:]]
+    names = [row[0] for row in table[3:]]
+    quality = {
+        name: float(row[table[0].index("PSNR, dB (full cache)")].split(" ± ")[0])
+        for name, row in zip(names, table[3:])
+    }
+    assert by_psnr == sorted(names, key=lambda name: (-quality[name], name)) and set(by_agreement) == set(names)
     # Three rows and two columns of two by two pictures of 12 pixels.
     assert Image.open(compared / "pictures.png").height > 3 * 24
     assert sorted(path.name for path in compared.iterdir() if path.name != "quality.png") == [

@@ -67,6 +67,9 @@ COLUMNS = {
     "attention_flops": Column("attention FLOPs", ",d"),
     "seconds_per_image": Column("s per image", ".4f"),
 }
+# Measures that are shown first, on their own.
+OVERVIEWS = ("nll_rise", "psnr", "agreement", "greedy_psnr", "greedy_agreement")
+LESS_IS_BETTER = ("nll_rise",)
 # What decides between methods at the same budget, the first that was measured; and whether less is better.
 ORDER = {"nll_rise": True, "psnr": False, "greedy_psnr": False}
 
@@ -95,13 +98,46 @@ def csv_text(rows: Sequence[Row]) -> str:
     return file.getvalue()
 
 
+def overview(rows: Sequence[Row], name: str) -> list[str]:
+    """
+    One measure of all compressed runs, a row a method and a column a budget, the best method at the smallest budget that
+    most methods have first; nothing where it was not measured.
+    """
+    values: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        if row["method"] != FULL and row.get(name) is not None:
+            values.setdefault(row["method"], {})[row["budget"]] = row
+    if not values:
+        return []
+    budgets = sorted({budget for own in values.values() for budget in own}, reverse=True)
+    # The smallest of the budgets that most methods have.
+    decisive = min(budgets, key=lambda budget: (-sum(budget in own for own in values.values()), budget))
+    sign = 1 if name in LESS_IS_BETTER else -1
+
+    def place(method: str) -> tuple:
+        own = values[method].get(decisive)
+        return (own is None, 0 if own is None else sign * own[name], method)
+
+    lines = [f"{COLUMNS[name].title}, {'less' if sign > 0 else 'more'} is better:", ""]
+    lines += [f"| method | {' | '.join(f'{budget:g}' for budget in budgets)} |", f"|{' --- |' * (len(budgets) + 1)}"]
+    for method in sorted(values, key=place):
+        cells = [
+            cell(values[method][budget], name, COLUMNS[name]) if budget in values[method] else "" for budget in budgets
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def markdown_text(rows: Sequence[Row], skipped: Sequence[Row]) -> str:
     """What all rows share, the table, and what is missing from it and why."""
     columns = {
         name: column for name, column in COLUMNS.items() if any(row.get(name) not in (None, "") for row in rows)
     }
-    lines = [
-        shared(rows[0], rows),
+    lines = [shared(rows[0], rows), ""]
+    for name in OVERVIEWS:
+        lines += overview(rows, name)
+    lines += [
+        "Everything that was measured:",
         "",
         f"| {' | '.join(column.title for column in columns.values())} |",
         f"|{' --- |' * len(columns)}",
