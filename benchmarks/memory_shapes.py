@@ -1,5 +1,5 @@
 """
-What `hack_pipelines.memory` computes, against what is measured on the CPU: true width, two layers, random weights.
+What `hack_pipelines.memory` computes, against what is measured on the CPU: true width, two layers, random weights, HACK.
 
 Weights are counted in models that were saved and loaded with their dtype; the cache is what its report measured; work and
 decoder are peaks of the bytes of all live tensors, seen by a dispatch mode:
@@ -23,9 +23,9 @@ from transformers import T5Config, T5EncoderModel
 
 from hack_pipelines import memory
 from hack_pipelines.activations import merge_bytes
-from hack_pipelines.cache import Cache, FullCache, HeadGroupCache
+from hack_pipelines.cache import Cache, FullCache, make_cache
 from hack_pipelines.memory import Request
-from hack_pipelines.methods import Geometry, Plan, StepView, get_method
+from hack_pipelines.methods import Geometry, StepView, get_method
 from hack_pipelines.methods.hack import CONTEXTUAL
 from hack_pipelines.models.autoencoder_bsq import MultiScaleBSQModel
 from hack_pipelines.models.autoencoder_msvq import MultiScaleVQModel
@@ -101,12 +101,6 @@ def tensor_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors_of(model))
 
 
-def make_cache(request: Request, geometry: Geometry, plan: Plan | None) -> Cache:
-    if plan is None:
-        return FullCache(geometry.schedule, geometry.num_layers, request.guided)
-    return HeadGroupCache(plan, get_method(request.method), request.guided)
-
-
 def draw_infinity(model: torch.nn.Module, cache: Cache, request: Request) -> int:
     """All scales of one image; returns the bytes that were made of the text."""
     prompts = [torch.randn(request.prompt_tokens, model.config.text_channels) for _ in range(request.images)]
@@ -140,19 +134,21 @@ def draw_var(model: torch.nn.Module, cache: Cache, request: Request) -> int:
 @torch.inference_mode()
 def measure_drawing(model: torch.nn.Module, name: str, px: int, dtype: str, budget: float | None, table: Table):
     """Text, cache and work of drawing one image."""
-    request = Request(name, None if name.startswith("d") else (px, px), budget, dtype=DTYPES[dtype])
+    size = None if name.startswith("d") else (px, px)
+    request = Request(name, size, budget, method="hack", dtype=DTYPES[dtype])
     infinity = request.shape.family == "infinity"
     config = model.config
     schedule = nearest_schedule(px, px) if infinity else model.schedule
     geometry = Geometry(schedule, LAYERS, config.num_attention_heads, config.attention_head_dim)
     plan = memory.plan_of(request, geometry)
-    cache = make_cache(request, geometry, plan)
+    if plan is None:
+        cache: Cache = FullCache(geometry.schedule, geometry.num_layers, request.guided)
+    else:
+        cache = make_cache(plan, get_method(request.method), request.guided)
     with LiveBytes(tensors_of(model)) as watch:
         text = (draw_infinity if infinity else draw_var)(model, cache, request)
     held = cache.report().bytes_allocated_peak * request.images
-    tokens = memory.peak_tokens(plan) if plan else schedule.cacheable
-    computed = memory.cache_bytes(request, geometry, tokens, 2 * request.dtype.itemsize)
-    table.add("cache", name, px, dtype, budget, computed, held)
+    table.add("cache", name, px, dtype, budget, memory.held_bytes(request, geometry, plan), held)
     if infinity and budget is None:
         table.add("text", name, px, dtype, "", memory.text_bytes(request, config), text)
     work = memory.work_bytes(request, config, geometry, plan, merge_by_product=False)
@@ -173,7 +169,7 @@ def measure_decoder(model: torch.nn.Module, name: str, px: int, dtype: str, tabl
 @torch.inference_mode()
 def measure_merge(table: Table):
     """HACK's merge as a GPU does it, at the last scale of 1024 px, on the meta device: it has shapes but no memory."""
-    request = Request("2b", kv_budget=0.3)
+    request = Request("2b", kv_budget=0.3, method="hack")
     geometry = memory.geometry_of(request)
     layer = memory.plan_of(request, geometry).layers[0]
     group = layer.labels.index(CONTEXTUAL)
@@ -200,8 +196,15 @@ def measure_merge(table: Table):
     positions = torch.empty(2, len(heads), kept, dtype=torch.long, device="meta")
     with LiveBytes((view.query, view.key, view.value, view.stored_key, view.stored_value)) as watch:
         get_method(request.method).merge(view, positions, tensor(kept), tensor(kept))
-    counts = (stored, length, kept, 0)
-    computed = merge_bytes(counts, len(heads), geometry.head_dim, request.dtype.itemsize, by_product=True)
+    computed = merge_bytes(
+        stored + length,
+        kept,
+        max(stored, length),
+        len(heads),
+        geometry.head_dim,
+        request.dtype.itemsize,
+        by_product=True,
+    )
     table.add("merge (shapes of a GPU)", "2b", 1024, "bf16", 0.3, 2 * len(heads) * computed, watch.peak)
 
 

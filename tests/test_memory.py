@@ -3,13 +3,13 @@
 import csv
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from hack_pipelines.activations import block_bytes, decoder_bytes, group_bytes, merge_bytes
+from hack_pipelines.activations import block_bytes, cache_work_bytes, decoder_bytes, group_bytes, merge_bytes
 from hack_pipelines.cache import FullCache, make_cache
 from hack_pipelines.cli import main
 from hack_pipelines.cli import memory as command
@@ -21,15 +21,15 @@ from hack_pipelines.memory import (
     even_profile,
     fit,
     geometry_of,
+    held_bytes,
     largest_budget,
     parts_of,
-    peak_tokens,
     plan_of,
     text_bytes,
     text_encoder_bytes,
     weight_bytes,
 )
-from hack_pipelines.methods import METHODS, Geometry, get_method
+from hack_pipelines.methods import METHODS, Geometry, ScaleWindow, get_method
 from hack_pipelines.models.infinity_schedules import nearest_schedule
 from hack_pipelines.models.transformer_infinity import InfinityCondition, InfinityTransformer2DModel
 from hack_pipelines.schedule import Schedule
@@ -114,9 +114,8 @@ def test_cache_is_what_a_run_reports(method, budget):
     for length in geometry.schedule.lengths:
         for layer in range(3):
             cache.attend(layer, *torch.randn(3, request.rows, 4, length, 8))
-    tokens = peak_tokens(plan) if plan else geometry.schedule.cacheable
     report = cache.report()
-    assert cache_bytes(request, geometry, tokens, 8) == report.bytes_allocated_peak * request.images
+    assert held_bytes(request, geometry, plan) == report.bytes_allocated_peak * request.images
     assert cache_bytes(request, geometry, geometry.schedule.total, 8) == report.bytes_full * request.images
 
 
@@ -163,21 +162,23 @@ def test_block_of_infinity_is_34_bytes_a_channel():
 
 
 def test_merge_by_hand():
-    held, length, kept, head_dim = 40, 50, 30, 4
-    handed_over = 2 * kept * head_dim * 2
-    # All in one chunk: float32 keys, values, their sums and the unit keys, and 50 tokens with 30 weights each.
-    by_product = handed_over + (5 * kept * head_dim + length * (kept + head_dim) + kept * head_dim) * 4
-    assert merge_bytes((held, length, kept, 0), 8, head_dim, 2, True) == by_product
-    on_cpu = handed_over + (5 * kept * head_dim + length * (kept + head_dim)) * 4
-    assert merge_bytes((held, length, kept, 0), 8, head_dim, 2, False) == on_cpu
+    present, largest, kept, head_dim = 90, 50, 30, 4
+    # Keys and values handed over, and for each present token a flag, a cosine, a weight and a target.
+    always = 2 * kept * head_dim * 2 + present * (1 + 4 + 4 + 8)
+    # All in one chunk: float32 keys, values and their sums, 50 tokens with 30 weights each, and a product.
+    by_product = always + (5 * kept * head_dim + largest * (kept + head_dim)) * 4
+    assert merge_bytes(present, kept, largest, 8, head_dim, 2, True) == by_product
+    # Float32 keys, values and unit keys, and 50 tokens with 30 cosines each.
+    on_cpu = always + (3 * kept * head_dim + largest * (kept + head_dim)) * 4
+    assert merge_bytes(present, kept, largest, 8, head_dim, 2, False) == on_cpu
 
 
 def test_merge_goes_by_chunks():
     kept, head_dim = 1024, 128
     chunk = 2**22 // (8 * kept)
-    expected = 2 * kept * head_dim * 2 + (6 * kept * head_dim + chunk * (kept + head_dim)) * 4
+    expected = 2 * kept * head_dim * 2 + (5 * kept * head_dim + chunk * (kept + head_dim)) * 4
     for length in (4096, 2**20):
-        assert merge_bytes((2048, length, kept, 0), 8, head_dim, 2, True) == expected
+        assert merge_bytes(2048 + length, kept, length, 8, head_dim, 2, True) == expected + 17 * (2048 + length)
 
 
 def test_scores_are_more_than_what_few_kept_tokens_take():
@@ -185,7 +186,48 @@ def test_scores_are_more_than_what_few_kept_tokens_take():
     assert group_bytes((904, 4096, 10, 0), 128, 2, 32) == 2 * 32 * 5000 * 4
     assert group_bytes((904, 4096, 10, 0), 128, 2, 0) == 4 * 10 * 128 * 2
     # All that is there is attended to: keys and values once.
-    assert group_bytes((904, 4096, 5000, 5000), 128, 2, 32) == 2 * 5000 * 128 * 2
+    assert group_bytes((904, 4096, 5000, 5000), 128, 2, 0) == 2 * 5000 * 128 * 2
+
+
+@dataclass
+class Curious(ScaleWindow):
+    """Ranks like its parent, but says otherwise."""
+
+    queries: int = 0
+    merging: bool = False
+
+    def scored_queries(self, label, length):
+        return min(self.queries, length)
+
+    def merges(self, label, last):
+        return self.merging and label == "all" and not last
+
+
+def test_work_asks_the_method_what_it_scores_and_merges():
+    geometry = Geometry(Schedule.from_sides((1, 2, 3, 16, 24)), 2, 4, 8)
+    plan = Curious().plan(geometry, 200, None)
+
+    def beside(step, **options):
+        return cache_work_bytes(Curious(**options), geometry, plan, step, 1, 4)
+
+    # 256 of 270 tokens and 8 float32 channels of query, key, value and attention's output, and of the block's input and norm.
+    base = 4 * 256 * 8 * (2 * 4 + 6 * 4)
+    # All 270 are attended to, and 200 chosen of them; nothing goes at the last step.
+    assert beside(3) == base + 4 * (2 * 270 + 4 * 200) * 8 * 4
+    # The logits of 256 queries outweigh that, twice.
+    assert beside(3, queries=10**6) == base + 4 * 2 * 256 * 270 * 4
+    assert beside(3, merging=True) == base + 4 * (2 * 270 * 8 * 4 + merge_bytes(270, 200, 256, 4, 8, 4, True))
+    assert beside(4, queries=10**6, merging=True) == beside(4)
+
+
+def test_work_is_that_of_the_layer_that_needs_most():
+    geometry = Geometry(Schedule.from_sides((1, 2, 3, 16, 24)), 2, 4, 8)
+    plan = Curious().plan(geometry, 200, None)
+    smaller = Curious().plan(geometry, 100, None).layers[0]
+    uneven = replace(plan, layers=(smaller, plan.layers[0]))
+    for step in range(5):
+        both = [cache_work_bytes(Curious(), geometry, part, step, 1, 4) for part in (plan, uneven)]
+        assert both[0] == both[1]
 
 
 @pytest.mark.parametrize("model", ["2b", "8b", "8b-512"])
@@ -251,7 +293,7 @@ def test_largest_budget_is_the_largest_that_fits():
         ({"model": "3b"}, "`model` must be one of '2b', .* but is '3b'"),
         ({"model": "d30", "size": (512, 512)}, "`size` is 512x512 but model 'd30' draws 256x256 only"),
         ({"model": "2b", "prompt_tokens": 513}, r"`prompt_tokens` must lie in \[1, 512\] but is 513"),
-        ({"model": "2b", "kv_budget": 2}, "leaves 2 tokens a head, but method 'hack' needs at least 4"),
+        ({"model": "2b", "kv_budget": 2}, "leaves 2 tokens a head, but method 'hack\\+\\+' needs at least 5"),
         ({"model": "2b", "kv_budget": 1.5}, "`kv_budget` must be a fraction"),
         ({"model": "2b", "method": "best"}, "`method` must be one of"),
     ],
@@ -283,7 +325,7 @@ def test_command_says_what_was_snapped_and_what_fits(capsys):
     assert lines[0] == "Infinity 8b, 1152x864, 1 image without guidance, bf16"
     assert lines[1] == "1100x800 was asked for; 1152x864 is the nearest it draws"
     assert re.fullmatch(
-        r"  all weights on it: \d\.\d\d GB too much; hack fits with kv_budget=0\.\d+ or less", lines[-2]
+        r"  all weights on it: \d\.\d\d GB too much; hack\+\+ fits with kv_budget=0\.\d+ or less", lines[-2]
     )
     assert re.fullmatch(r"  with model offload: fits, \d\.\d\d GB to spare", lines[-1])
 

@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hack_pipelines.cache import make_cache
+from hack_pipelines.cache.budget import TokenBytes, make_plan
 from hack_pipelines.cache.head_group import kept_of
+from hack_pipelines.memory import even_profile
 from hack_pipelines.methods import (
     HACK,
     METHODS,
@@ -453,3 +456,65 @@ def test_even_subsample_spreads_over_both_axes():
     blocks = [(position // 64, position % 16 // 4) for position in positions]
     assert {blocks.count((row, column)) for row in range(4) for column in range(4)} <= {1, 2, 3}
     assert set(even_subsample((16, 16), 10)) <= set(positions)
+
+
+# -- what methods say of themselves before anything is drawn ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *METHODS,
+        "cake:window=7",
+        "hack:n_obs=300",
+        "hack:merge_at=every,rules=swapped",
+        "hack:merge_at=never",
+        "hack:protocol=post,merge_at=every",
+        "hack++:merge_at=final,attention_budget=0.2,n_obs=300",
+        "headkv:n_obs=300",
+        "scalekv:scoring=released",
+        "scalekv:window=225",
+        "snapkv:window_positions=uniform",
+        "snapkv:window_positions=uniform,window=60",
+    ],
+)
+def test_methods_say_what_they_score_and_merge(spec, monkeypatch):
+    """The hooks that memory estimates ask, against what a run does."""
+    schedule = Schedule.from_sides((1, 2, 3, 8, 17, 18))
+    geometry = Geometry(schedule, 2, 4, 8)
+    method = get_method(spec)
+    plan = make_plan(method, geometry, even_profile(geometry), TokenBytes(2, 4), 260)
+    scored, merged, ranked = {}, {}, set()
+    attention_rows, rank, merge = StepView.attention_rows, method.rank, method.merge
+
+    def spied_rows(view, positions):
+        place = view.label, view.query.shape[2]
+        scored[place] = max(len(positions), scored.get(place, 0))
+        return attention_rows(view, positions)
+
+    def spied_rank(view):
+        ranked.add((view.label, view.query.shape[2]))
+        return rank(view)
+
+    def spied_merge(view, kept, key, value):
+        result = merge(view, kept, key, value)
+        merged[view.label, view.is_last] = result[0] is not key
+        return result
+
+    monkeypatch.setattr(StepView, "attention_rows", spied_rows)
+    monkeypatch.setattr(method, "rank", spied_rank)
+    monkeypatch.setattr(method, "merge", spied_merge)
+    cache = make_cache(plan, method, guided=True)
+    for length in schedule.lengths:
+        for layer in range(2):
+            query, key, value = torch.randn(3, 2, 4, length, 8)
+            cache.attend(layer, query, key, value, projection=query)
+    assert {place: method.scored_queries(*place) for place in scored} == scored
+    assert {place: method.merges(*place) for place in merged} == merged
+    # The released scores of ScaleKV are products with the sum of some projections.
+    without = 1 if spec == "scalekv:scoring=released" else 0
+    assert {place: method.scored_queries(*place) for place in ranked - set(scored)} == dict.fromkeys(
+        ranked - set(scored), without
+    )
+    # A static plan drops tokens without asking the method.
+    assert merged or method.protocol == "static"

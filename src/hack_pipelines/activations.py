@@ -3,15 +3,17 @@
 from collections import Counter
 from typing import Any
 
-from .methods import HACK, Geometry, Method, Plan, SegmentPlan
+from .methods import Geometry, LayerPlan, Method, Plan, SegmentPlan
 from .methods.base import SCORED_KEYS
-from .methods.hack import CONTEXTUAL, MERGE_CHUNK
+from .methods.hack import MERGE_CHUNK
 
 
 FP32 = 4
 # Bytes a logit while tokens are drawn: guided and filtered logits, sorted ones with their int64 order, softmax, its sum, and
 # what that removes.
 SAMPLING_BYTES = 29
+# Bytes a present token of a head in a merge: whether it is dropped, its cosine and weight in float32, its target in int64.
+MERGED_BYTES = 1 + 2 * FP32 + 8
 
 
 def block_bytes(config: Any, itemsize: int) -> int:
@@ -75,19 +77,59 @@ def cache_work_bytes(
         return base + rows * geometry.num_heads * (seen + length) * head_dim * itemsize
     if isinstance(plan, SegmentPlan):
         return base + rows * segment_tokens(plan, step) * head_dim * itemsize
-    layer = plan.layers[0]
-    stored = layer.store[step - 1] if step else (0,) * len(layer.groups)
+    return base + rows * max(
+        layer_bytes(
+            method, layer, length, step, head_dim, itemsize, merge_by_product, last=step == len(plan.schedule) - 1
+        )
+        for layer in set(plan.layers)
+    )
+
+
+def layer_bytes(
+    method: Method,
+    layer: LayerPlan,
+    length: int,
+    step: int,
+    head_dim: int,
+    itemsize: int,
+    merge_by_product: bool,
+    last: bool,
+) -> int:
+    """
+    The largest group's part of [`cache_work_bytes`] in one layer, bytes a row.
+
+    Args:
+        method (`Method`):
+            Chooses the tokens.
+        layer (`LayerPlan`):
+            What the layer holds.
+        length, step (`int`):
+            Tokens and index of the scale.
+        head_dim, itemsize (`int`):
+            Channels of a head, bytes of a stored element.
+        merge_by_product (`bool`):
+            Whether dropped tokens are merged as on a GPU.
+        last (`bool`):
+            Whether the scale is the last one.
+    """
     largest = 0
-    for group, label, held, attend, store in zip(
-        layer.groups, layer.labels, stored, layer.attend[step], layer.store[step]
-    ):
-        counts = (held, length, attend, store)
-        chosen = group_bytes(counts, head_dim, itemsize, observed(method, length))
-        if attend < held + length and merges(method, label, step == len(geometry.schedule) - 1):
-            chosen = max(chosen, merge_bytes(counts, len(group), head_dim, itemsize, merge_by_product))
+    stored = layer.store[step - 1] if step else (0,) * len(layer.groups)
+    groups = zip(layer.groups, layer.labels, stored, layer.attend[step], layer.store[step])
+    for group, label, held, attend, store in groups:
+        present = held + length
+        goes = attend < present or 0 < store < present
+        ranked = goes or (store > 0 and method.carries_scores)
+        queries = method.scored_queries(label, length) if ranked else 0
+        chosen = group_bytes((held, length, attend, store), head_dim, itemsize, queries)
+        if goes and method.merges(label, last):
+            kept = attend if attend < present else store
+            merging = merge_bytes(present, kept, max(held, length), len(group), head_dim, itemsize, merge_by_product)
+            # What is attended to waits while what is stored is merged.
+            waiting = 0 if attend < present else 2 * attend * head_dim * itemsize
+            chosen = max(chosen, waiting + merging)
         copies = 3 * length * head_dim * itemsize if len(layer.groups) > 1 else 0
-        largest = max(largest, rows * len(group) * (copies + chosen))
-    return base + largest
+        largest = max(largest, len(group) * (copies + chosen))
+    return largest
 
 
 def segment_tokens(plan: SegmentPlan, step: int) -> int:
@@ -104,25 +146,11 @@ def segment_tokens(plan: SegmentPlan, step: int) -> int:
     return largest
 
 
-def merges(method: Method, label: str, last: bool) -> bool:
-    """Whether a group merges what it drops: HACK's contextual heads do, by default at the last step."""
-    if not isinstance(method, HACK) or label != CONTEXTUAL:
-        return False
-    return method.merge_at == "every" or (method.merge_at == "final" and last)
-
-
-def observed(method: Method, length: int) -> int:
-    """Queries of a scale that score the keys; none where a method ranks without scores."""
-    if not isinstance(method, HACK):
-        return 0
-    return length if length <= 2 * method.n_obs else method.n_obs
-
-
 def group_bytes(counts: tuple[int, int, int, int], head_dim: int, itemsize: int, queries: int) -> int:
     """
     Bytes a row and head while tokens are chosen, the largest of three moments.
 
-    - Scoring: logits of the observed queries in float32, twice, or once and the float32 copy of a chunk of keys.
+    - Scoring: logits of the queries in float32, twice, or once and the float32 copy of a chunk of keys.
     - Gathering: keys, and values from both sides and chosen (4 tensors of what is attended to, or, where more is attended to
       than stored, of what is stored beside all that is seen).
     - Attending: keys and values that are seen.
@@ -133,11 +161,11 @@ def group_bytes(counts: tuple[int, int, int, int], head_dim: int, itemsize: int,
         head_dim, itemsize (`int`):
             Channels of a head, bytes of a stored element.
         queries (`int`):
-            How many of them are observed.
+            How many score the keys at once; 0 where nothing is ranked, or without products of queries and keys.
     """
     held, length, attend, store = counts
     moments = [2 * attend * head_dim * itemsize]
-    if queries and (attend < held + length or 0 < store < held + length):
+    if queries:
         logits = queries * (held + length)
         moments.append((logits + max(logits, min(SCORED_KEYS, max(held, length)) * head_dim)) * FP32)
     if attend < held + length:
@@ -147,21 +175,25 @@ def group_bytes(counts: tuple[int, int, int, int], head_dim: int, itemsize: int,
     return max(moments)
 
 
-def merge_bytes(counts: tuple[int, int, int, int], heads: int, head_dim: int, itemsize: int, by_product: bool) -> int:
+def merge_bytes(
+    present: int, kept: int, largest: int, heads: int, head_dim: int, itemsize: int, by_product: bool
+) -> int:
     """
-    Bytes a row and head while HACK merges dropped tokens into kept ones.
+    Bytes a row and head while [`merge_by_cosine`] folds dropped tokens into kept ones.
 
-    The keys and values that are handed over are alive throughout, and in float32 those of the result, the sums that are
-    added to them, and the unit keys: 5 tensors of what is kept. Beside them there is the largest of
+    Throughout, the keys and values that are handed over are alive, their float32 copies, and of every present token whether
+    it is dropped, its cosine, target and weight. Beside them there is the largest of
 
-    - a chunk of tokens and their cosines with what is kept;
-    - on a GPU the matrix of the chunk's weights, which is as large as its cosines, a float32 copy of the chunk and their
-      product; on the CPU two such copies;
-    - the result and the sums added up.
+    - the unit keys, and a chunk of float32 keys with their unit keys, then these with their cosines with what is kept;
+    - the sums that are added to the copies, and on a GPU the matrix of a chunk's weights, which is as large as its cosines, a
+      float32 copy of the chunk and their product; on the CPU two such copies;
+    - the sums, and the copies with the sums added to them.
 
     Args:
-        counts (`tuple[int, int, int, int]`):
-            As [`group_bytes`] takes them.
+        present, kept (`int`):
+            Tokens that a head has, and that it keeps.
+        largest (`int`):
+            Tokens of the larger part, history or current scale; a chunk lies in one of them.
         heads (`int`):
             Of the group, on which the length of a chunk depends.
         head_dim, itemsize (`int`):
@@ -169,12 +201,12 @@ def merge_bytes(counts: tuple[int, int, int, int], heads: int, head_dim: int, it
         by_product (`bool`):
             Whether sums are made as on a GPU.
     """
-    held, length, kept, _ = counts
-    chunk = min(max(1, MERGE_CHUNK // (heads * kept)), max(held, length))
-    cosines = chunk * (kept + head_dim)
-    summed = cosines + kept * head_dim if by_product else 2 * chunk * head_dim
-    floats = 5 * kept * head_dim + max(cosines, summed, 2 * kept * head_dim)
-    return 2 * kept * head_dim * itemsize + floats * FP32
+    chunk = min(max(1, MERGE_CHUNK // (heads * kept)), largest)
+    of_kept, of_chunk = kept * head_dim, chunk * head_dim
+    compared = of_kept + of_chunk + max(of_chunk, chunk * kept)
+    added = chunk * kept + of_chunk + of_kept if by_product else 2 * of_chunk
+    floats = 2 * of_kept + max(compared, 2 * of_kept + added, 4 * of_kept)
+    return 2 * of_kept * itemsize + floats * FP32 + present * MERGED_BYTES
 
 
 def decoder_bytes(config: Any, size: tuple[int, int], images: int, itemsize: int) -> int:

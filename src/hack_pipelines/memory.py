@@ -10,6 +10,7 @@ from .activations import FP32, SAMPLING_BYTES, block_bytes, cache_work_bytes, de
 from .cache.budget import TokenBytes, budget_tokens, make_plan
 from .cache.report import ORIGINAL_KEY_BYTES
 from .methods import DEFAULT_METHOD, Geometry, Plan, SegmentPlan, get_method
+from .methods.base import ID_BYTES, SCORE_BYTES
 from .models.autoencoder_bsq import MultiScaleBSQModel
 from .models.autoencoder_msvq import MultiScaleVQModel
 from .models.infinity_schedules import image_size, nearest_schedule
@@ -257,7 +258,7 @@ def estimate(request: Request) -> MemoryReport:
         text=text_bytes(request, transformer.config) if infinity else 0,
         cache_original=cache_bytes(request, geometry, schedule.total, ORIGINAL_KEY_BYTES + itemsize),
         cache_lossless=cache_bytes(request, geometry, schedule.cacheable, 2 * itemsize),
-        cache=cache_bytes(request, geometry, peak, 2 * itemsize),
+        cache=held_bytes(request, geometry, plan),
         work=work_bytes(request, transformer.config, geometry, plan),
         decoder=decoder_bytes(tokenizer.config, size, request.images, itemsize),
     )
@@ -267,6 +268,33 @@ def cache_bytes(request: Request, geometry: Geometry, tokens: float, key_value_b
     """Bytes of so many tokens a head, with the bytes that a channel of key and value together takes."""
     channels = geometry.num_layers * geometry.num_heads * geometry.head_dim
     return round(request.rows * channels * tokens * key_value_bytes)
+
+
+def held_bytes(request: Request, geometry: Geometry, plan: Plan | None) -> int:
+    """
+    Bytes of what is held at the largest boundary between two steps; without a plan, of all that a later step reads.
+
+    Beside its key and value a token has the score that it carries, for methods that carry scores, and its id, for methods
+    that read ids, as soon as its head has lost a token.
+    """
+    itemsize = request.dtype.itemsize
+    if plan is None:
+        return cache_bytes(request, geometry, geometry.schedule.cacheable, 2 * itemsize)
+    if isinstance(plan, SegmentPlan):
+        return cache_bytes(request, geometry, peak_tokens(plan), 2 * itemsize)
+    method = get_method(request.method)
+    always = 2 * geometry.head_dim * itemsize + SCORE_BYTES * method.carries_scores
+    id_bytes = ID_BYTES * method.needs_ids
+    largest = 0
+    for step, length in enumerate(plan.schedule.lengths):
+        seen = plan.schedule.prefixes[step] + length
+        held = sum(
+            len(group) * count * (always + (id_bytes if count < seen else 0))
+            for layer in plan.layers
+            for group, count in zip(layer.groups, layer.store[step])
+        )
+        largest = max(largest, held)
+    return request.rows * largest
 
 
 def fit(request: Request, card: int) -> Fit:
@@ -285,7 +313,7 @@ def largest_budget(request: Request, card: int, offload: bool) -> float | None:
     smallest = method.min_budget(geometry, even_profile(geometry))
     asked = geometry.schedule.total
     if request.kv_budget is not None:
-        token_bytes = TokenBytes(request.rows_per_image, request.dtype.itemsize)
+        token_bytes = TokenBytes(request.rows_per_image, request.dtype.itemsize, method.metadata_bytes)
         asked = budget_tokens(request.kv_budget, geometry, token_bytes)
     for hundredths in range(100, 0, -1):
         budget = hundredths / 100
@@ -361,7 +389,8 @@ def plan_of(request: Request, geometry: Geometry) -> Plan | None:
 def even_profile(geometry: Geometry) -> HeadProfile:
     """
     A stand-in for the model's head profile: in every layer, every second head is contextual. Which heads are is the model's
-    secret, but how many tokens a plan holds depends on their number only, up to rounding.
+    secret, but how many tokens a plan holds in all depends on their number only, up to rounding. Layers and steps are alike
+    in it, so methods that divide the budget by a profile divide it evenly here.
     """
     heads = torch.arange(geometry.num_heads) % 2
     shapes = statistic_shapes(geometry.num_layers, geometry.num_heads, len(geometry.schedule))

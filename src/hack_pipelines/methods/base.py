@@ -435,6 +435,32 @@ class Method(ABC):
         """
         return key, value
 
+    def merges(self, label: str, last: bool) -> bool:
+        """
+        Whether [`~Method.merge`] folds what some heads drop into what they keep; by default it never does. Estimates of memory
+        ask, before anything is drawn.
+
+        Args:
+            label (`str`):
+                Name of the heads' group in the plan.
+            last (`bool`):
+                Whether the step is the last one.
+        """
+        return False
+
+    def scored_queries(self, label: str, length: int) -> int:
+        """
+        The most queries whose products with all present keys [`~Method.rank`] holds at once; by default none, for methods
+        that rank without such products. Estimates of memory ask, before anything is drawn.
+
+        Args:
+            label (`str`):
+                Name of the heads' group in the plan.
+            length (`int`):
+                Tokens of the scale.
+        """
+        return 0
+
 
 def uniform_plan(geometry: Geometry, budget: int, protocol: str) -> Plan:
     """The plan that gives every head the same budget, as the head-agnostic methods do."""

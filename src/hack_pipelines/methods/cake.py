@@ -84,6 +84,9 @@ class CAKE(LayerBaseline):
         scores = pooled(attention.mean(2) + self.gamma * attention.var(2, correction=0))
         return Ranking(scores, window_tiers(view, positions))
 
+    def scored_queries(self, label: str, length: int) -> int:
+        return min(self.window, length)
+
 
 def cascaded(preferences: Sequence[float], beside: Sequence[int], total: int) -> list[int]:
     """

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Ranking, StepView, check_choice
+from .base import SCORED_QUERIES, Ranking, StepView, check_choice
 from .baseline import Baseline
 from .heavy_hitters import heavy_hitters
 
@@ -37,3 +37,6 @@ class H2O(Baseline):
 
     def rank(self, view: StepView) -> Ranking:
         return heavy_hitters(view, normalise=self.normalise)
+
+    def scored_queries(self, label: str, length: int) -> int:
+        return min(length, SCORED_QUERIES)

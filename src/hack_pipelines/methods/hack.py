@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice
+from .base import SCORED_QUERIES, Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice
 from .head_types import CONTEXTUAL, STRUCTURAL, typed_heads
-from .selection import observed_positions
+from .selection import observed_count, observed_positions
 
 
 if TYPE_CHECKING:
@@ -148,10 +148,16 @@ class HACK(Method):
     def merge(
         self, view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = self.merge_at == "every" or (self.merge_at == "final" and view.is_last)
-        if not wanted or view.label != CONTEXTUAL or self.protocol == "post":
+        if not self.merges(view.label, view.is_last):
             return key, value
         return merge_by_cosine(view, kept, key, value)
+
+    def merges(self, label: str, last: bool) -> bool:
+        wanted = self.merge_at == "every" or (self.merge_at == "final" and last)
+        return wanted and label == CONTEXTUAL and self.protocol == "pre"
+
+    def scored_queries(self, label: str, length: int) -> int:
+        return min(observed_count(length, self.n_obs), SCORED_QUERIES)
 
     def _limits(self, geometry: Geometry, budget: int, layers: list[dict[str, tuple[int, ...]]]) -> dict[str, int]:
         """Tokens of a head of each type."""
@@ -231,15 +237,12 @@ def merge_by_cosine(
     """
     dropped = torch.ones(*kept.shape[:2], view.num_present, dtype=torch.bool, device=kept.device)
     dropped.scatter_(2, kept, False)
-    start = [key.float(), value.float()]
-    merged = [*start, torch.ones((*kept.shape, 1), device=kept.device)]
-    unit_kept = F.normalize(start[0], dim=-1).transpose(-1, -2)
+    merged = [key.float(), value.float(), torch.ones((*kept.shape, 1), device=kept.device)]
     # Of one row's shape, so that a batch is cut where each of its images would be.
     chunk = max(1, MERGE_CHUNK // (kept.shape[1] * kept.shape[2]))
     tokens = (view.stored_key, view.stored_value), (view.key, view.value)
     parts = [[part.split(chunk, dim=2) for part in pair] for pair in tokens]
-    nearest = [(F.normalize(own.float(), dim=-1) @ unit_kept).max(-1) for keys, _ in parts for own in keys]
-    cosines, target = (torch.cat(pieces, dim=-1) for pieces in zip(*nearest))
+    cosines, target = nearest_kept([own for keys, _ in parts for own in keys], key)
     counts, factor, kept_share = shares(cosines, dropped, view.num_present - kept.shape[2])
     first = 0
     for part in parts:
@@ -252,11 +255,35 @@ def merge_by_cosine(
             values = own_key, own_value, torch.ones_like(own_key[..., :1])
             add_by_target(sums, target[..., place], counts[..., place], values)
         merged = [own + more for own, more in zip(merged, sums)]
+        # The sums of the next part are made without these.
+        del sums
     *merged_parts, totals = merged
     if kept_share:
-        merged_parts = [own + kept_share * (totals - 1) * before for own, before in zip(merged_parts, start)]
+        merged_parts = [
+            own + kept_share * (totals - 1) * before.float() for own, before in zip(merged_parts, (key, value))
+        ]
     merged_key, merged_value = merged_parts
     return (merged_key / totals).to(key.dtype), (merged_value / totals).to(value.dtype)
+
+
+def nearest_kept(keys: Sequence[torch.Tensor], kept_key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The kept key with the largest cosine.
+
+    Args:
+        keys (`Sequence[torch.Tensor]`):
+            All keys in chunks, `[rows, heads, tokens, head_dim]`.
+        kept_key (`torch.Tensor`):
+            Keys that stay, `[rows, heads, kept, head_dim]`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: for every key that cosine, in float32, and which one it is; both
+        `[rows, heads, tokens]`.
+    """
+    unit_kept = F.normalize(kept_key.float(), dim=-1).transpose(-1, -2)
+    nearest = [(F.normalize(own.float(), dim=-1) @ unit_kept).max(-1) for own in keys]
+    cosines, target = (torch.cat(pieces, dim=-1) for pieces in zip(*nearest))
+    return cosines, target
 
 
 def add_by_target(
@@ -284,5 +311,6 @@ def add_by_target(
     starts = torch.arange(0, rows * heads * count, count).view(rows, heads, 1)
     index = (target + starts).flatten()
     for total, value in zip(sums, values):
-        weighted = (value.float() * weights.unsqueeze(-1)).reshape(-1, value.shape[-1])
-        total.view(-1, value.shape[-1]).index_add_(0, index, weighted)
+        channels = value.shape[-1]
+        # A name for what is weighted would keep it alive while the next value is.
+        total.view(-1, channels).index_add_(0, index, (value.float() * weights.unsqueeze(-1)).reshape(-1, channels))

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from ..schedule import Schedule
 from .allocation import allocate
-from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice
+from .base import SCORED_QUERIES, Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice
 from .hack import merge_by_cosine
 from .head_types import CONTEXTUAL, needed, typed_heads
-from .selection import observed_positions
+from .selection import observed_count, observed_positions
 
 
 if TYPE_CHECKING:
@@ -143,9 +143,15 @@ class HACKPlusPlus(Method):
     def merge(
         self, view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.merge_at == "never" or not view.is_last or view.label != CONTEXTUAL:
+        if not self.merges(view.label, view.is_last):
             return key, value
         return merge_by_cosine(view, kept, key, value)
+
+    def merges(self, label: str, last: bool) -> bool:
+        return self.merge_at == "final" and last and label == CONTEXTUAL
+
+    def scored_queries(self, label: str, length: int) -> int:
+        return min(observed_count(length, self.n_obs), SCORED_QUERIES) if label == CONTEXTUAL else 0
 
     def _floor(self, schedule: Schedule) -> int:
         return sum(schedule.lengths[:2]) if self.min_tokens is None else self.min_tokens

@@ -10,7 +10,7 @@ from ..profiles.statistics import LOCAL_MIN_TOKENS, LOCAL_RADII
 from ..schedule import Schedule
 from .allocation import allocate
 from .base import SCORED_QUERIES, Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice, uniform_plan
-from .selection import observed_positions
+from .selection import observed_count, observed_positions
 
 
 if TYPE_CHECKING:
@@ -122,6 +122,9 @@ class HeadKV(Method):
         )
         scores = view.attention_columns(positions) / len(positions)
         return Ranking(scores, self._tiers(view, scores))
+
+    def scored_queries(self, label: str, length: int) -> int:
+        return min(observed_count(length, self.n_obs), SCORED_QUERIES)
 
     def identify_step(self, schedule: Schedule) -> int:
         """Index of the step at which heads are told apart."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .base import Geometry, Ranking, StepView, check_choice
+from .base import SCORED_QUERIES, Geometry, Ranking, StepView, check_choice
 from .baseline import Baseline
 from .hack import merge_by_cosine
 from .heavy_hitters import HALF_WITH_SINKS, MERGES, SINKS, heavy_hitters
@@ -56,3 +56,9 @@ class LookM(Baseline):
         self, view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return merge_by_cosine(view, kept, key, value, MERGES[self.merging])
+
+    def merges(self, label: str, last: bool) -> bool:
+        return True
+
+    def scored_queries(self, label: str, length: int) -> int:
+        return min(length, SCORED_QUERIES)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .allocation import allocate
-from .base import Geometry, Ranking, StepView
+from .base import SCORED_QUERIES, Geometry, Ranking, StepView
 from .baseline import LayerBaseline, recorded, relative_weights
 from .hack import merge_by_cosine
 from .heavy_hitters import HALF_WITH_SINKS, SINKS, average, heavy_hitters
@@ -62,6 +62,12 @@ class MEDA(LayerBaseline):
         self, view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return merge_by_cosine(view, kept, key, value, average)
+
+    def merges(self, label: str, last: bool) -> bool:
+        return True
+
+    def scored_queries(self, label: str, length: int) -> int:
+        return min(length, SCORED_QUERIES)
 
 
 def least_tokens(present: int) -> int:

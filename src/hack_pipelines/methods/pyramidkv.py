@@ -61,3 +61,6 @@ class PyramidKV(LayerBaseline):
         positions = last_positions(view, window_size(self.window, view.budget, view.query.shape[2]))
         scores = pooled(view.attention_rows(positions).mean(2))
         return Ranking(scores, window_tiers(view, positions))
+
+    def scored_queries(self, label: str, length: int) -> int:
+        return min(self.window, length)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..profiles.statistics import TOP_COUNTS
 from ..schedule import Schedule
-from .base import SCORED_KEYS, Geometry, Method, Plan, Ranking, StepView, check_choice, layer_plan
+from .base import SCORED_KEYS, SCORED_QUERIES, Geometry, Method, Plan, Ranking, StepView, check_choice, layer_plan
 
 
 if TYPE_CHECKING:
@@ -152,6 +152,10 @@ class ScaleKV(Method):
             scores = projected_scores(view, positions).index_fill(-1, positions + view.num_stored, lowest)
             pooling = "max"
         return Ranking(pooled(scores, self.kernel, pooling), tiers)
+
+    def scored_queries(self, label: str, length: int) -> int:
+        # The released scores are products with the sum of the window's queries.
+        return min(self.window, length, SCORED_QUERIES) if self.scoring == "paper" else 1
 
     def _window(self, size: tuple[int, int]) -> tuple[int, ...]:
         side = math.isqrt(self.window)

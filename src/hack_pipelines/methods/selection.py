@@ -80,10 +80,15 @@ def linspace_positions(size: tuple[int, int], count: int) -> tuple[int, ...]:
     return tuple(int((i + 0.5) * tokens / count) for i in range(count))
 
 
+def observed_count(tokens: int, count: int) -> int:
+    """How many queries of a scale score its keys: all of them while there are at most `2 * count`."""
+    return tokens if tokens <= 2 * count else count
+
+
 def observed_positions(size: tuple[int, int], count: int, sampling: str, device: torch.device) -> torch.Tensor:
-    """The queries of a scale that score its keys: all of them while there are at most `2 * count`."""
+    """Which queries of a scale score its keys, as many as [`observed_count`] says."""
     tokens = size[0] * size[1]
-    if tokens <= 2 * count:
+    if observed_count(tokens, count) == tokens:
         return torch.arange(tokens, device=device)
     positions = lattice_positions if sampling == "lattice" else linspace_positions
     return torch.tensor(positions(size, count), device=device)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .base import Geometry, Ranking, StepView, check_choice
 from .baseline import Baseline
-from .selection import observed_positions
+from .selection import observed_count, observed_positions
 from .window import check_window, last_positions, min_window_budget, pooled, window_size, window_tiers
 
 
@@ -54,3 +54,8 @@ class SnapKV(Baseline):
             positions = observed_positions(view.schedule.sizes[view.step], count, "lattice", view.query.device)
         scores = pooled(view.attention_rows(positions).mean(2))
         return Ranking(scores, window_tiers(view, positions))
+
+    def scored_queries(self, label: str, length: int) -> int:
+        if self.window_positions == "uniform":
+            return observed_count(length, min(self.window, length))
+        return min(self.window, length)
