@@ -1,11 +1,12 @@
 """
 Time and memory of the cache at the shapes of the released models: true width, fewer layers, random weights.
 
-Compares HACK at several budgets with the full cache and with the way of the original code (float32 keys, a concatenation
+Compares HACK, or other methods, at several budgets with the full cache and with the way of the original code (float32 keys, a concatenation
 a step, every scale stored). The measurements take turns, so that whatever else the machine does hits all of them:
 
     python benchmarks/cache_shapes.py --output results/cache_shapes
     python benchmarks/cache_shapes.py --shapes infinity-2b-1024 --attention-only --output results/attention
+    python benchmarks/cache_shapes.py --methods hack hack++:attention_budget=0.3 --output results/methods
     python benchmarks/cache_shapes.py --device cuda --dtypes bf16 fp16 --images 1 8 --layers 4 --output results/cuda
 
 It prints the table of docs/benchmarks.md; `cache_shapes.csv` has all columns.
@@ -24,11 +25,11 @@ from cache_meters import AttentionWatch, LiveBytes, Stopwatch, WatchedCache
 from torch import nn
 from tqdm import tqdm
 
+from hack_pipelines.cache import Cache, FullCache, make_cache
 from hack_pipelines.cache.attention import attention
-from hack_pipelines.cache.budget import TokenBytes, budget_tokens
-from hack_pipelines.cache.cache import Cache, FullCache
-from hack_pipelines.cache.head_group import HeadGroupCache
-from hack_pipelines.methods import HACK, Geometry
+from hack_pipelines.cache.budget import TokenBytes, make_plan
+from hack_pipelines.memory import even_profile
+from hack_pipelines.methods import Geometry, get_method
 from hack_pipelines.models.infinity_schedules import template_schedule
 from hack_pipelines.models.transformer_infinity import InfinityCondition, InfinityTransformer2DModel
 from hack_pipelines.models.transformer_var import VARTransformer2DModel
@@ -37,11 +38,18 @@ from hack_pipelines.schedule import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_TOKENS = 40
+
+
+def title(method: str) -> str:
+    """A method as the documents write it."""
+    return "HACK" if method == "hack" else method
+
+
 # The columns of docs/benchmarks.md. Ratios are to the full cache in the same run.
 TABLE: dict[str, Callable[[dict], str]] = {
     "px": lambda row: str(row["pixels"]),
     "dtype": lambda row: row["dtype"],
-    "way": lambda row: f"HACK {row['budget']:g}" if row["budget"] else row["method"],
+    "way": lambda row: f"{title(row['method'])} {row['budget']:g}" if row["budget"] else row["method"],
     "tokens a head": lambda row: f"{row['peak_tokens']:.0f}",
     "stored": lambda row: f"{row['bytes_share_of_original']:.1%}".replace("%", " %"),
     "peak": lambda row: f"{row['peak_ratio']:.2f}",
@@ -77,18 +85,6 @@ class OriginalCache(Cache):
 
 
 @dataclass(frozen=True)
-class HalfContextual:
-    """Stands in for a head profile: every second head of every layer is contextual."""
-
-    num_layers: int
-    num_heads: int
-
-    def contextual_heads(self, alpha: float) -> torch.Tensor:
-        """Which heads are contextual, boolean `[layers, heads]`; the share is a half whatever `alpha` is."""
-        return (torch.arange(self.num_heads) % 2 == 0).expand(self.num_layers, -1)
-
-
-@dataclass(frozen=True)
 class Setting:
     """What does not follow from a shape."""
 
@@ -96,6 +92,7 @@ class Setting:
     images: int
     layers: int
     device: torch.device
+    methods: tuple[str, ...]
 
 
 Pass = Callable[[Cache], None]
@@ -169,7 +166,7 @@ def attention_pass(shape: Shape, setting: Setting) -> Pass:
     def run(cache: Cache):
         for parts in steps:
             for layer in range(setting.layers):
-                cache.attend(layer, *parts)
+                cache.attend(layer, *parts, projection=parts[0])
 
     return run
 
@@ -223,19 +220,21 @@ class Candidate:
 
 
 def make_candidates(shape: Shape, setting: Setting) -> list[Candidate]:
-    """The original's cache, the full one, and HACK at every budget."""
+    """The original's cache, the full one, and every method at every budget, with a profile that knows nothing of the model."""
     geometry = Geometry(shape.schedule, setting.layers, shape.heads, shape.head_dim)
-    profile = HalfContextual(geometry.num_layers, geometry.num_heads)
+    profile = even_profile(geometry)
     common = (shape.schedule, geometry.num_layers, True)
     candidates = [
         Candidate("original", "post", None, shape.schedule.total, OriginalCache(*common)),
         Candidate("full", "post", None, shape.schedule.cacheable, FullCache(*common)),
     ]
-    method = HACK()
-    for budget in shape.budgets:
-        tokens = budget_tokens(budget, geometry, TokenBytes(2, setting.dtype.itemsize))
-        cache = HeadGroupCache(method.plan(geometry, tokens, profile), method, guided=True)
-        candidates.append(Candidate(method.name, method.protocol, budget, tokens, cache))
+    for spec in setting.methods:
+        method = get_method(spec)
+        token_bytes = TokenBytes(2, setting.dtype.itemsize, method.metadata_bytes)
+        for budget in shape.budgets:
+            plan = make_plan(method, geometry, profile, token_bytes, budget)
+            cache = make_cache(plan, method, guided=True)
+            candidates.append(Candidate(spec, method.protocol, budget, plan.budget, cache))
     return candidates
 
 
@@ -356,6 +355,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
     parser.add_argument("--shapes", nargs="+", default=["var-d30-256", "var-d30-512"], choices=SHAPES)
+    parser.add_argument("--methods", nargs="+", default=["hack"], metavar="METHOD", help="with options if need be")
     parser.add_argument("--images", nargs="+", type=int, default=[1], help="images a batch; guidance doubles the rows")
     parser.add_argument("--repeats", type=int, default=7, help="rounds after the warm-up")
     parser.add_argument("--layers", type=int, default=2)
@@ -374,12 +374,12 @@ def main():
     if arguments.attention_only:
         shapes = [replace(shape, make_pass=attention_pass) for shape in shapes]
     runs = [(shape, dtype, images) for shape in shapes for dtype in arguments.dtypes for images in arguments.images]
-    passes = sum(len(shape.budgets) + 2 for shape, _, _ in runs) * (arguments.repeats + 1)
+    passes = sum(len(shape.budgets) * len(arguments.methods) + 2 for shape, _, _ in runs) * (arguments.repeats + 1)
     rows: list[dict] = []
     with tqdm(total=passes, unit="pass", smoothing=0) as bar:
         for shape, dtype, images in runs:
             bar.set_description(f"{shape.model} {shape.pixels} {dtype}, {images} images")
-            setting = Setting(DTYPES[dtype], images, arguments.layers, arguments.device)
+            setting = Setting(DTYPES[dtype], images, arguments.layers, arguments.device, tuple(arguments.methods))
             candidates = measure_all(shape, setting, arguments.repeats, bar)
             shown = {
                 "measured": "cache" if arguments.attention_only else "model",
