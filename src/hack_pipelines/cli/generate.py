@@ -87,7 +87,9 @@ def add_cache_arguments(parser: argparse.ArgumentParser):
         metavar="BUDGET",
         help="what a step may attend to, written the same way, for methods that tell it from what is stored",
     )
-    group.add_argument("--kv-dtype", metavar="TYPE", help="int8 stores keys and values in 8 bits (default: as computed)")
+    group.add_argument(
+        "--kv-dtype", metavar="TYPE", help="int8 stores keys and values in 8 bits (default: as computed)"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser):
