@@ -675,7 +675,7 @@ def test_methods_lists_all_with_their_defaults(capsys):
         "  source: a floor, published by nobody",
     ]
     hack = blocks[list(METHODS).index("hack")]
-    assert "alpha=0.5, contextual_ratio=0.333, n_obs=32" in hack and "head profile: needed" in hack
+    assert "alpha=0.5, contextual_ratio=0.333, n_obs=32" in hack and "head profile: needed (colvar)" in hack
 
 
 # Sheets

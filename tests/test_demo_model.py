@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hack_pipelines import HACK, HackVARPipeline, Random, ScaleWindow
+from hack_pipelines import HACK, HackVARPipeline, HeadKV, Random, ScaleWindow
 from hack_pipelines.evaluation import psnr, teacher_forced_nll
 from hack_pipelines.hub import locate
+from hack_pipelines.profiles.statistics import rank_correlation
 
 from .components import masked_nll, seeds
 
@@ -165,6 +166,31 @@ def test_hack_beats_the_floors_at_its_own_protocol(pipe, held_out, full_nll, pro
     for floor in ("random", "scale_window"):
         difference = rises[floor] - rises["hack"]
         assert difference.mean() > 2 * difference.std() / PICTURES**0.5
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.1])
+def test_the_default_beats_every_floor(pipe, held_out, full_nll, budget):
+    ours = teacher_forced_nll(pipe, *held_out, budget) - full_nll
+    for floor in ("random", "scale_window", "value_norm"):
+        difference = teacher_forced_nll(pipe, *held_out, budget, floor) - full_nll - ours
+        assert difference.mean() > 2 * difference.std() / PICTURES**0.5
+
+
+def test_eight_bits_cost_next_to_nothing(pipe, held_out, full_nll):
+    for budget in (None, 0.3):
+        plain = teacher_forced_nll(pipe, *held_out, budget)
+        rounded = teacher_forced_nll(pipe, *held_out, budget, kv_dtype="int8")
+        assert (rounded - plain).abs().mean() < 0.01 and not torch.equal(rounded, plain)
+
+
+def test_how_local_heads_are_is_seen_early(pipe):
+    class AtTheEnd(HeadKV):
+        def identify_step(self, schedule):
+            return len(schedule) - 1
+
+    early, late = (method._localities(pipe.head_profile, pipe.schedule) for method in (HeadKV(), AtTheEnd()))
+    assert rank_correlation(early, late) > 0.8
+    assert sum(rank_correlation(*layer) for layer in zip(early, late)) / len(early) > 0.85
 
 
 def test_damage_grows_as_the_budget_falls(pipe, held_out, full_nll):

@@ -12,7 +12,6 @@ from hack_pipelines.methods import Geometry, HACKPlusPlus
 from hack_pipelines.methods.hack_plus_plus import pooled_by_scale, reliance
 from hack_pipelines.methods.head_types import CONTEXTUAL, STRUCTURAL
 from hack_pipelines.methods.selection import top
-from hack_pipelines.schedule import Schedule
 
 from .components import planted_profile, seeds, tiny_pipeline
 from .test_cache import WIDE, step_parts
@@ -143,9 +142,7 @@ def test_strict_keeps_the_budget_between_layers():
 
 def structural_view(step, num_stored, **overrides):
     plan, profile = make_plan(HACKPlusPlus(), WIDE, 40, WIDE.total, layers=1, heads=2)
-    view = view_of(
-        WIDE, step, num_stored, label=STRUCTURAL, tables={"prior": plan.tables["prior"][0]}, **overrides
-    )
+    view = view_of(WIDE, step, num_stored, label=STRUCTURAL, tables={"prior": plan.tables["prior"][0]}, **overrides)
     return view, profile.mean["mass"][0]
 
 

@@ -63,7 +63,9 @@ def test_locality_equals_the_oracle(radius):
     found = locality_of(view, radius)
     for row in range(2):
         for head in range(2):
-            assert found[row, head].item() == pytest.approx(locality_oracle(view, present, row, head, radius), rel=1e-4)
+            assert found[row, head].item() == pytest.approx(
+                locality_oracle(view, present, row, head, radius), rel=1e-4
+            )
 
 
 def planted_view(step, sharpness):
@@ -95,7 +97,13 @@ def test_small_scales_do_not_count():
 
 @pytest.mark.parametrize(
     ("schedule", "step"),
-    [(VAR_256, 6), (INFINITY_1M, 4), (SMALL, 5), (Schedule.from_sides((1, 2, 3, 4, 8)), 3), (Schedule.from_sides((8,)), 0)],
+    [
+        (VAR_256, 6),
+        (INFINITY_1M, 4),
+        (SMALL, 5),
+        (Schedule.from_sides((1, 2, 3, 4, 8)), 3),
+        (Schedule.from_sides((8,)), 0),
+    ],
 )
 def test_heads_are_told_apart_at_the_first_large_scale(schedule, step):
     assert HeadKV().identify_step(schedule) == step
@@ -237,7 +245,9 @@ def test_online_is_exact_with_room_for_everything():
     full = FullCache(SMALL, 2)
     for step in range(len(SMALL)):
         for layer in range(2):
-            assert torch.equal(cache.attend(layer, *step_parts(SMALL, step)), full.attend(layer, *step_parts(SMALL, step)))
+            assert torch.equal(
+                cache.attend(layer, *step_parts(SMALL, step)), full.attend(layer, *step_parts(SMALL, step))
+            )
 
 
 @pytest.mark.parametrize("types", ["profile", "online"])

@@ -353,7 +353,11 @@ def test_cache_that_keeps_everything_is_exact(heads, tokens, seed):
     plan = Plan(
         schedule,
         schedule.total,
-        (LayerPlan.from_limits(schedule, (tuple(range(heads)),), ("all",), [(schedule.total,)] * len(schedule), "pre"),),
+        (
+            LayerPlan.from_limits(
+                schedule, (tuple(range(heads)),), ("all",), [(schedule.total,)] * len(schedule), "pre"
+            ),
+        ),
     )
     grouped, full = HeadGroupCache(plan, DropScale()), FullCache(schedule, 1)
     for length in schedule.lengths:

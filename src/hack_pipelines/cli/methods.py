@@ -44,10 +44,15 @@ def method_lines(method: "type[Method]") -> list[str]:
     return [
         f"{method.name}: {summary}",
         f"  protocol: {PROTOCOLS[default.protocol]}",
-        f"  head profile: {'needed' if default.needs_profile else 'not needed'}",
+        f"  head profile: {profile_text(default)}",
         f"  options: {', '.join(f'{name}={value_text(value)}' for name, value in options.items())}",
         f"  source: {method.source}",
     ]
+
+
+def profile_text(method: "Method") -> str:
+    """Whether a method needs a head profile, and which arrays of it."""
+    return f"needed ({', '.join(method.profile_arrays)})" if method.needs_profile else "not needed"
 
 
 def value_text(value: object) -> str:
