@@ -39,8 +39,8 @@ class HACKPlusPlus(Method):
         tau (`float`, *optional*, defaults to 1.0):
             Power of the reliance on history in the shares of the budget; 0 gives every head the same, 1 shares in
             proportion. The paper does not print it.
-        min_tokens (`int`, *optional*):
-            Fewest tokens that a head stores, as far as there are as many; those of the first two scales by default.
+        min_tokens (`int`, *optional*, defaults to 1):
+            Fewest tokens that a head stores, as far as there are as many; at most those of the first two scales.
         n_obs (`int`, *optional*, defaults to 32):
             Queries that score the keys of contextual heads; all of them while a scale has at most twice as many.
         query_sampling (`"lattice"` or `"linspace"`, *optional*, defaults to `"lattice"`):
@@ -72,7 +72,7 @@ class HACKPlusPlus(Method):
     attention_budget: float | int | str | None = None
     alpha: float = 0.5
     tau: float = 1.0
-    min_tokens: int | None = None
+    min_tokens: int = 1
     n_obs: int = 32
     query_sampling: str = "lattice"
     pooling: str = "none"
@@ -87,8 +87,8 @@ class HACKPlusPlus(Method):
             raise ValueError(f"`alpha` must lie in [0, 1] but is {self.alpha}.")
         if not 0 <= self.tau <= 2:
             raise ValueError(f"`tau` must lie in [0, 2] but is {self.tau}.")
-        if self.min_tokens is not None and self.min_tokens < 1:
-            raise ValueError(f"`min_tokens` must be at least 1, or None, but is {self.min_tokens}.")
+        if self.min_tokens < 1:
+            raise ValueError(f"`min_tokens` must be at least 1 but is {self.min_tokens}.")
         if self.n_obs < 1 or self.init_scales < 0:
             raise ValueError(
                 f"`n_obs` must be at least 1 and `init_scales` at least 0 but they are {self.n_obs}, {self.init_scales}."
@@ -101,7 +101,7 @@ class HACKPlusPlus(Method):
 
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
         lengths = geometry.schedule.lengths
-        return max(self._floor(geometry.schedule), sum(lengths[: self.init_scales]) + 1 if self.init_scales else 1)
+        return max(sum(lengths[:2]), sum(lengths[: self.init_scales]) + (self.init_scales > 0))
 
     def plan(
         self,
@@ -154,7 +154,9 @@ class HACKPlusPlus(Method):
         return min(observed_count(length, self.n_obs), SCORED_QUERIES) if label == CONTEXTUAL else 0
 
     def _floor(self, schedule: Schedule) -> int:
-        return sum(schedule.lengths[:2]) if self.min_tokens is None else self.min_tokens
+        """What every head stores at least: it must be possible at the smallest budget, and hold what is never lost."""
+        protected = sum(schedule.lengths[: self.init_scales])
+        return max(protected, min(self.min_tokens, sum(schedule.lengths[:2])))
 
     def _stored(
         self, geometry: Geometry, budget: int, types: list[dict[str, tuple[int, ...]]], gamma: torch.Tensor
