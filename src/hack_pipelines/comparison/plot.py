@@ -69,6 +69,7 @@ def quality_plot(rows: Sequence[Row]):
         if name == "nll_rise":
             # Rises differ by factors of ten; near nothing their ratio means nothing.
             axes.set_yscale("symlog", linthresh=SMALL_RISE)
+            axes.set_ylim(bottom=min(-SMALL_RISE / 4, *(row[name] for row in compressed)))
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
