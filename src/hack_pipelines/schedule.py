@@ -29,6 +29,11 @@ class Schedule:
         """The schedule of square token maps, `patch_nums` in the original VAR."""
         return cls(tuple((int(side), int(side)) for side in sides))
 
+    @classmethod
+    def from_lines(cls, height: int, width: int) -> "Schedule":
+        """An image that is drawn token by token, line by line: what a scale is elsewhere, a line of `width` tokens is here."""
+        return cls(((1, int(width)),) * int(height))
+
     def __len__(self) -> int:
         return len(self.sizes)
 

@@ -96,6 +96,7 @@ class CacheMeter:
     layer_bytes: list[tuple[int, int]] = field(init=False)
     layer_storages: list[dict[int, int]] = field(init=False)
     boundaries: list[tuple[float, int, int, int]] = field(init=False, default_factory=list)
+    held_tokens: float = field(init=False, default=0)
     checkpoint_peak: float = field(init=False, default=0)
     attended: list[float] = field(init=False, default_factory=list)
     flops: int = field(init=False, default=0)
@@ -113,6 +114,7 @@ class CacheMeter:
         metadata: Iterable[torch.Tensor],
         attended: float,
         queries: int,
+        condition: Iterable[torch.Tensor] = (),
     ):
         """
         Take note of a layer that has finished a step.
@@ -130,17 +132,18 @@ class CacheMeter:
                 Keys that a query saw, summed over the heads, a mean over the rows.
             queries (`int`):
                 Tokens of the scale.
+            condition (`Iterable[torch.Tensor]`, *optional*):
+                Keys and values of what is no part of the image. Their bytes count, their tokens do not.
         """
         tensors, beside = list(tensors), list(metadata)
-        held = tensors + beside
+        held = [*tensors, *beside, *condition]
         self.layer_storages[layer] = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held
         }
         # Keys and values hold the same tokens.
-        self.layer_tokens[layer] = sum(tensor.shape[:3].numel() for tensor in tensors) / 2 / self.rows
+        self.hold(layer, sum(tensor.shape[:3].numel() for tensor in tensors) / 2 / self.rows)
         self.layer_bytes[layer] = sum(tensor.nbytes for tensor in held), sum(tensor.nbytes for tensor in beside)
-        self.checkpoint_peak = max(self.checkpoint_peak, sum(self.layer_tokens))
-        if len(self.attended) <= step:
+        while len(self.attended) <= step:
             self.attended.append(0)
         self.attended[step] += attended
         self.flops += round(4 * self.head_dim * self.rows * queries * attended) // self.images
@@ -150,7 +153,13 @@ class CacheMeter:
             allocated = sum({key: size for storages in self.layer_storages for key, size in storages.items()}.values())
             self.boundaries.append((sum(self.layer_tokens), logical, allocated, metadata_bytes))
 
-    def report(self, total: int, cacheable: int, itemsize: int) -> CacheReport:
+    def hold(self, layer: int, tokens: float):
+        """Take note of the tokens that a layer holds at a checkpoint, summed over its heads, a mean over the rows."""
+        self.held_tokens += tokens - self.layer_tokens[layer]
+        self.layer_tokens[layer] = tokens
+        self.checkpoint_peak = max(self.checkpoint_peak, self.held_tokens)
+
+    def report(self, total: int, cacheable: int, itemsize: int, key_itemsize: int = ORIGINAL_KEY_BYTES) -> CacheReport:
         """
         The report of the steps so far.
 
@@ -159,6 +168,8 @@ class CacheMeter:
                 Tokens of the schedule, and those that a later step reads.
             itemsize (`int`):
                 Bytes of a stored element.
+            key_itemsize (`int`, *optional*, defaults to 4):
+                Bytes of an element of a key in the original implementation.
         """
         heads = self.num_layers * self.num_heads
         boundaries = self.boundaries[:-1] if self.boundaries and self.boundaries[-1][0] == 0 else self.boundaries
@@ -174,7 +185,7 @@ class CacheMeter:
             attention_flops=self.flops,
             bytes_logical_peak=logical // self.images,
             bytes_allocated_peak=allocated // self.images,
-            bytes_full=total * channels * (ORIGINAL_KEY_BYTES + itemsize),
+            bytes_full=total * channels * (key_itemsize + itemsize),
             bytes_full_cacheable=cacheable * channels * 2 * itemsize,
             metadata_bytes=metadata_bytes // self.images,
         )

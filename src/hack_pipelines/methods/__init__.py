@@ -1,5 +1,6 @@
 """Compression methods, one file each, and the list of them."""
 
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 
 from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView
@@ -9,7 +10,9 @@ from .h2o import H2O
 from .hack import HACK
 from .hack_plus_plus import HACKPlusPlus
 from .headkv import HeadKV
+from .headkv_ar import HeadKVAR
 from .heatkv import HeatKV
+from .linear_ar import LineAR
 from .lookm import LookM
 from .meda import MEDA
 from .pyramidkv import PyramidKV
@@ -46,6 +49,11 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
+# For models that draw token by token, where a line is what a scale is elsewhere.
+RASTER_METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (H2O, HeadKVAR, LineAR, Random, SlidingWindow, SnapKV, StreamingLLM, ValueNorm)
+}
+
 # The best that is known at equal bytes, see docs/comparison.md.
 DEFAULT_METHOD = HACKPlusPlus.name
 
@@ -74,14 +82,20 @@ def register_method(method: type[Method]) -> type[Method]:
     return method
 
 
-def get_method(method: str | Method) -> Method:
+def get_method(method: str | Method, methods: Mapping[str, type[Method]] = METHODS) -> Method:
     """
     A method by name, with its default options or others, `"hack:rules=contextual,alpha=0.4"`; or the instance itself.
+
+    Args:
+        method (`str` or [`Method`]):
+            What is wanted.
+        methods (`Mapping[str, type[Method]]`, *optional*):
+            Those to choose from, by name; `METHODS` by default.
 
     Raises:
         `ValueError`: if there is no such method, option or value.
     """
-    return method if isinstance(method, Method) else parse_method(str(method), METHODS)
+    return method if isinstance(method, Method) else parse_method(str(method), methods)
 
 
 __all__ = [
@@ -89,13 +103,16 @@ __all__ = [
     "H2O",
     "DEFAULT_METHOD",
     "METHODS",
+    "RASTER_METHODS",
     "HACK",
     "Full",
     "Geometry",
     "HACKPlusPlus",
     "HeadKV",
+    "HeadKVAR",
     "HeatKV",
     "LayerPlan",
+    "LineAR",
     "LookM",
     "MEDA",
     "Method",

@@ -1,0 +1,529 @@
+"""The cache of models that draw token by token: head groups with room for a line, which each row fills with heads of its own."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..methods import RASTER_METHODS, Geometry, Method, Plan, get_method
+from ..methods.lines import LineView
+from ..methods.selection import top
+from ..schedule import Schedule
+from .attention import attention
+from .budget import TokenBytes, budget_tokens, make_plan
+from .head_group import id_dtype, tokens_at
+from .report import CacheMeter, CacheReport
+
+
+DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Attention to tensors that nothing has left: query `[rows, query heads, 1, head_dim]`, then all keys and values."""
+
+
+@dataclass
+class LineGroup:
+    """
+    Heads of a layer that hold the same number of tokens. Their planes have room for the line that is being drawn.
+
+    Args:
+        heads (`torch.Tensor`):
+            Which heads these are in each row, ascending, `[rows, heads]`.
+        key, value (`torch.Tensor`):
+            `[rows, heads, slots, head_dim]`: the condition, then image tokens by id, then free slots.
+        ids (`torch.Tensor`, *optional*):
+            Ids of the image tokens, `[rows, heads, slots]` without the condition's slots; `None` while nothing has left.
+        carried (`torch.Tensor`, *optional*):
+            Numbers that the method gave the image tokens to carry, likewise, in float32.
+        label (`str`):
+            Name of the group in the plan.
+        tokens (`int`):
+            Image tokens that it holds.
+    """
+
+    heads: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    ids: torch.Tensor | None
+    carried: torch.Tensor | None
+    label: str
+    tokens: int
+
+
+class RasterCache:
+    """
+    Keys and values of one image, or of a batch of images in step, of a model that draws a grid token by token.
+
+    A line is the step: at its end the method ranks the image tokens, and each head group keeps what the plan says. The
+    prompt or class before the image is always kept and does not count. While nothing has to go, the tokens of all heads lie
+    together and attention is the model's own. Lengths are known before the first image token, also those of heads that are
+    told apart while drawing.
+
+    Args:
+        grid (`tuple[int, int]`):
+            Lines, and tokens of a line, that which ends it included.
+        kv_budget (`float`, `int` or `str`, *optional*):
+            Image tokens that may stay stored between lines: a fraction of the grid, tokens per head, or bytes per image such as
+            `"64MB"`, from which the condition and the line that is being drawn are taken first. `None` keeps everything.
+        method (`str` or [`Method`], *optional*, defaults to `"headkv_ar"`):
+            One of `RASTER_METHODS`, also with options.
+        condition_tokens (`int`, *optional*):
+            Tokens before the image. By default those of the first call.
+        rows_per_image (`int`, *optional*, defaults to 1):
+            2 where guidance doubles the batch; reports and byte budgets are per image.
+        line_end (`bool`, *optional*, defaults to `False`):
+            Whether the last token of a line only ends it.
+        sharing (`int`, *optional*, defaults to 1):
+            Query heads that share a key head, for the count of operations.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the budget holds at every token and not only between lines, inside which a line comes on top of it.
+
+    Raises:
+        `TypeError`: if the budget is neither a number nor a string.
+        `ValueError`: if the grid, the budget or the method is none.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        kv_budget: float | int | str | None = None,
+        method: str | Method = "headkv_ar",
+        condition_tokens: int | None = None,
+        rows_per_image: int = 1,
+        line_end: bool = False,
+        sharing: int = 1,
+        strict: bool = False,
+    ):
+        if len(grid) != 2 or any(type(side) is not int or side < 1 for side in grid):
+            raise ValueError(f"`grid` must be two positive ints, lines and tokens of a line, but is {grid!r}.")
+        if condition_tokens is not None and (type(condition_tokens) is not int or condition_tokens < 1):
+            raise ValueError(f"`condition_tokens` must be a positive int but is {condition_tokens!r}.")
+        if rows_per_image not in (1, 2):
+            raise ValueError(f"`rows_per_image` must be 1, or 2 with guidance, but is {rows_per_image!r}.")
+        self.schedule = Schedule.from_lines(*grid)
+        self.width = grid[1]
+        self.kv_budget = kv_budget
+        self.method = get_method(method, RASTER_METHODS)
+        if self.method.protocol != "post":
+            raise ValueError(
+                f"Method {self.method.name!r} has the protocol {self.method.protocol!r}, but tokens that come one by one are "
+                "attended to before any goes: use 'post'."
+            )
+        self.given_condition = condition_tokens
+        self.rows_per_image = rows_per_image
+        self.line_end = line_end
+        self.sharing = sharing
+        self.strict = strict
+        if not isinstance(kv_budget, str):
+            # Whether it suffices does not depend on the model.
+            self._plan(Geometry(self.schedule, 1, 1, 1), TokenBytes(1, 1))
+        self.reset()
+
+    def reset(self):
+        """Forget everything, as if no token had been seen."""
+        self.layers: list[RasterLayer] = []
+        self.condition = self.given_condition
+        self.plan: Plan | None = None
+        self.lossless = self.kv_budget is None
+        self.meter: CacheMeter | None = None
+        self.finite: torch.Tensor | None = None
+        self._itemsize = 0
+
+    def layer(self, index: int) -> "RasterLayer":
+        """A layer, made when it is first asked for."""
+        while len(self.layers) <= index:
+            self.layers.append(RasterLayer(self, len(self.layers)))
+        return self.layers[index]
+
+    def report(self) -> CacheReport:
+        """
+        What was held so far, measured from the tensors. Tokens are image tokens; bytes, operations and the keys that a query
+        saw include the condition.
+
+        Raises:
+            `ValueError`: if no line is complete yet.
+        """
+        if self.meter is None or not self.meter.boundaries:
+            raise ValueError("No line is complete yet: there is nothing to report.")
+        condition = self.condition or 0
+        return self.meter.report(
+            condition + self.schedule.total,
+            condition + self.schedule.cacheable,
+            self._itemsize,
+            key_itemsize=self._itemsize,
+        )
+
+    def begin(self, key: torch.Tensor):
+        """Settle the plan, when the first image token has come."""
+        rows, heads, _, head_dim = key.shape
+        geometry = Geometry(self.schedule, len(self.layers), heads, head_dim)
+        metadata = self.method.metadata_bytes
+        self.plan = self._plan(geometry, TokenBytes(self.rows_per_image, key.element_size(), metadata))
+        self.lossless = self.plan is None
+        self.meter = CacheMeter(len(self.layers), heads, head_dim, rows, rows // self.rows_per_image)
+        self._itemsize = key.element_size()
+
+    def _plan(self, geometry: Geometry, token_bytes: TokenBytes) -> Plan | None:
+        """The plan of the budget; `None` where nothing ever has to go."""
+        if self.kv_budget is None:
+            return None
+        if isinstance(self.kv_budget, str):
+            # The condition and the line that is being drawn lie beside what the budget is for.
+            beside = (self.condition or 0) + (0 if self.strict else self.width)
+            budget = budget_tokens(self.kv_budget, geometry, token_bytes) - beside
+        else:
+            budget = budget_tokens(self.kv_budget, geometry, token_bytes)
+        if budget >= self.schedule.cacheable + (self.width if self.strict else 0):
+            return None
+        allowed = budget - self.width if self.strict else budget
+        smallest = self.method.min_budget(geometry, None)
+        if allowed < smallest:
+            smallest += self.width if self.strict else 0
+            strict = " with `strict=True`" if self.strict else ""
+            raise ValueError(
+                f"`kv_budget={self.kv_budget!r}` leaves {max(0, budget)} image tokens a head, but method "
+                f"{self.method.name!r} needs at least {smallest}{strict} on lines of {self.width}: set `kv_budget` to "
+                f"{smallest} (tokens) or {round(smallest / self.schedule.total + 5e-5, 4)} (of {self.schedule.total}) or more."
+            )
+        return make_plan(self.method, geometry, None, token_bytes, allowed)
+
+
+class RasterLayer:
+    """
+    One layer of a [`RasterCache`]. For each token [`~RasterLayer.append`] is called, then, where `needs_query` says so,
+    [`~RasterLayer.attend`].
+    """
+
+    def __init__(self, cache: RasterCache, index: int):
+        self.cache = cache
+        self.index = index
+        self.seen = 0
+        self.key: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+        self.carried: torch.Tensor | None = None
+        self.groups: list[LineGroup] = []
+        self.queries: torch.Tensor | None = None
+        self.evidence: torch.Tensor | None = None
+        self.attended = 0
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens that were seen."""
+        return max(0, self.seen - (self.cache.condition or self.seen))
+
+    @property
+    def step(self) -> int:
+        """The line of the token that was seen last."""
+        return (self.image_tokens - 1) // self.cache.width
+
+    @property
+    def needs_query(self) -> bool:
+        """Whether attention from the token that was appended last goes through [`~RasterLayer.attend`]."""
+        return bool(self.groups) or (self.image_tokens > 0 and self._is_ranked(self.step))
+
+    def append(self, key: torch.Tensor, value: torch.Tensor):
+        """
+        Take the keys and values of new tokens.
+
+        Args:
+            key, value (`torch.Tensor`):
+                `[rows, heads, tokens, head_dim]`; one token, except before the image and where nothing ever has to go.
+
+        Raises:
+            `ValueError`: if several image tokens come at once, or more than the grid and a line behind it have room for.
+        """
+        cache, tokens = self.cache, key.shape[2]
+        if cache.condition is None:
+            cache.condition = tokens
+        is_image = self.seen + tokens > cache.condition
+        if is_image and cache.meter is None:
+            cache.begin(key)
+        if is_image and tokens > 1 and not cache.lossless:
+            raise ValueError(
+                f"{tokens} tokens came at once after {self.seen} tokens, {cache.condition} of which come before the image, but "
+                "image tokens must come one by one. A cache serves one generation: make a new one, or `reset` it. If the "
+                "prompt comes in parts, say with `condition_tokens` how long it is."
+            )
+        self.seen += tokens
+        if self.groups:
+            for group in self.groups:
+                self._write(group, key, value)
+        else:
+            self.key = key if self.key is None else torch.cat((self.key, key), dim=2)
+            self.value = value if self.value is None else torch.cat((self.value, value), dim=2)
+        if is_image:
+            self._count(key.shape[1], tokens)
+            if not self.needs_query and self.image_tokens % cache.width == 0:
+                self._commit()
+
+    def attend(
+        self, query: torch.Tensor, mask: torch.Tensor | None, scale: float, dense_attention: DenseAttention
+    ) -> torch.Tensor:
+        """
+        Attend from the token that was appended last, and at the end of a line let go what has to.
+
+        Args:
+            query (`torch.Tensor`):
+                `[rows, query heads, 1, head_dim]`; neighbouring heads share keys where there are more than of the keys.
+            mask (`torch.Tensor`, *optional*):
+                Which of all tokens that were seen may be attended to, boolean `[rows, 1, 1, seen]`; all by default.
+            scale (`float`):
+                Factor of the logits.
+            dense_attention (`DenseAttention`):
+                How the model attends while nothing has left.
+
+        Returns:
+            `torch.Tensor`: `[rows, query heads, 1, head_dim]`.
+        """
+        shared = query.squeeze(2).unflatten(1, (self._num_heads(), -1))
+        if self.groups:
+            output = self._attend_to_groups(shared, mask, scale).flatten(1, 2).unsqueeze(2)
+        else:
+            output = dense_attention(query, self.key, self.value)
+        column = (self.image_tokens - 1) % self.cache.width
+        if self._is_ranked(self.step):
+            self._observe(shared, column)
+        if column == self.cache.width - 1:
+            self._end_line(mask, scale)
+        return output
+
+    # -- what a step is ------------------------------------------------------------------------------------------------
+
+    def _num_heads(self) -> int:
+        if self.groups:
+            return sum(group.heads.shape[1] for group in self.groups)
+        return self.key.shape[1]
+
+    def _is_ranked(self, step: int) -> bool:
+        """Whether the queries of a line are needed at its end."""
+        cache = self.cache
+        if cache.plan is None or step >= len(cache.schedule):
+            return False
+        return (
+            cache.method.carries_scores
+            or step in cache.method.identifying_steps(cache.plan)
+            or self._has_to_lose(step)
+        )
+
+    def _has_to_lose(self, step: int) -> bool:
+        """Whether tokens go at the end of a line."""
+        stored = self._stored(step)
+        before = self._stored(step - 1) if step else (0,) * len(stored)
+        return any(old + self.cache.width > new for old, new in zip(before, stored))
+
+    def _stored(self, step: int) -> tuple[int, ...]:
+        """What each group holds after a line. The last line has no successor in the plan: it leaves what that before it does."""
+        store = self.cache.plan.layers[self.index].store
+        return store[min(step, len(store) - 2)]
+
+    # -- attention -----------------------------------------------------------------------------------------------------
+
+    def _attend_to_groups(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+        """Attention of `[rows, heads, sharing, head_dim]`, group by group."""
+        if len(self.groups) == 1:
+            return self._attend_to(self.groups[0], query, mask, scale)
+        output = torch.empty_like(query)
+        for group in self.groups:
+            own = self._attend_to(group, of_heads(query, group.heads), mask, scale)
+            output.scatter_(1, group.heads[..., None, None].expand_as(own), own)
+        return output
+
+    def _attend_to(
+        self, group: LineGroup, query: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        present = self.cache.condition + group.tokens
+        own = self._mask_of(group, mask)
+        return attention(
+            query,
+            group.key[:, :, :present],
+            group.value[:, :, :present],
+            scale,
+            None if own is None else own.unsqueeze(2),
+        )
+
+    def _mask_of(self, group: LineGroup, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Which tokens of a group may be attended to, boolean `[rows, heads or 1, condition + tokens]`."""
+        if mask is None or group.ids is None:
+            return None if mask is None else mask[:, 0]
+        rows, heads, _ = group.ids.shape
+        condition = torch.arange(self.cache.condition, device=mask.device).expand(rows, heads, -1)
+        places = torch.cat((condition, self.cache.condition + group.ids[:, :, : group.tokens].long()), dim=-1)
+        return mask[:, 0].expand(-1, heads, -1).gather(-1, places)
+
+    # -- storage -------------------------------------------------------------------------------------------------------
+
+    def _write(self, group: LineGroup, key: torch.Tensor, value: torch.Tensor):
+        """Put the new token into the next free slot."""
+        place = self.cache.condition + group.tokens
+        if place == group.key.shape[2]:
+            raise ValueError(
+                f"{self.image_tokens} tokens came after {self.cache.condition} that come before the image, but the grid has "
+                f"{self.cache.schedule.total}. A cache serves one generation: make a new one, or `reset` it."
+            )
+        group.key[:, :, place] = of_heads(key.squeeze(2), group.heads)
+        group.value[:, :, place] = of_heads(value.squeeze(2), group.heads)
+        group.ids[:, :, group.tokens] = self.image_tokens - 1
+        group.tokens += 1
+
+    def _split(self, step: int) -> Iterator[LineGroup]:
+        """The heads of all rows in the groups of the plan, still with all tokens."""
+        cache, heads = self.cache, self.key.shape[1]
+        evidence = self.key.new_zeros(len(self.key), heads, 0) if self.evidence is None else self.evidence
+        order = cache.method.head_order(evidence)
+        layer = cache.plan.layers[self.index]
+        for places, label in zip(layer.groups, layer.labels):
+            own = order[:, list(places)].sort(dim=-1).values
+            carried = None if self.carried is None else of_heads(self.carried, own)
+            yield LineGroup(
+                own, of_heads(self.key, own), of_heads(self.value, own), None, carried, label, self.image_tokens
+            )
+
+    def _keep(self, group: LineGroup, kept: torch.Tensor, carried: torch.Tensor | None, ids: torch.Tensor, slots: int):
+        """Let a group hold the tokens at some positions `[rows, heads, tokens]` of those present, in so many slots."""
+        condition = self.cache.condition
+        positions = kept + condition
+        for name in ("key", "value"):
+            present = getattr(group, name)
+            chosen = tokens_at(present, positions)
+            if group.ids is None:
+                # The first time: a plane of the group's own, with room for a line.
+                rows, heads, _, head_dim = present.shape
+                plane = present.new_empty(rows, heads, condition + slots, head_dim)
+                plane[:, :, :condition] = present[:, :, :condition]
+                setattr(group, name, plane)
+            getattr(group, name)[:, :, condition : condition + kept.shape[2]] = chosen
+        if group.ids is None:
+            group.ids = kept.new_empty(*kept.shape[:2], slots, dtype=id_dtype(self.cache.schedule.total + slots))
+            group.carried = None if carried is None else carried.new_empty(*kept.shape[:2], slots)
+        group.tokens = kept.shape[2]
+        group.ids[:, :, : group.tokens] = ids.gather(-1, kept)
+        if carried is not None:
+            group.carried[:, :, : group.tokens] = carried.gather(-1, kept)
+
+    # -- the end of a line ---------------------------------------------------------------------------------------------
+
+    def _columns(self, step: int) -> tuple[int, ...]:
+        """Which queries of a line are kept until its end."""
+        columns = self.cache.method.observed_queries(self.cache.plan, step)
+        return tuple(range(self.cache.width)) if columns is None else tuple(columns)
+
+    def _observe(self, query: torch.Tensor, column: int):
+        """Keep the query `[rows, heads, sharing, head_dim]` of a column that is observed."""
+        columns = self._columns(self.step)
+        if column not in columns:
+            return
+        rows, heads, sharing, head_dim = query.shape
+        if self.queries is None or self.queries.shape[2] != len(columns):
+            self.queries = query.new_empty(rows, heads, len(columns), sharing, head_dim)
+        self.queries[:, :, columns.index(column)] = query
+
+    def _view(self, group: LineGroup, store: int, mask: torch.Tensor | None, scale: float) -> LineView:
+        """What the method is shown of a group."""
+        cache, step = self.cache, self.step
+        condition, width, old = cache.condition, cache.width, group.tokens - cache.width
+        key, value = (plane[:, :, : condition + group.tokens] for plane in (group.key, group.value))
+        return LineView(
+            schedule=cache.schedule,
+            step=step,
+            layer=self.index,
+            heads=tuple(range(group.heads.shape[1])),
+            label=group.label,
+            budget=cache.plan.budget,
+            query=of_heads(self.queries, group.heads),
+            key=key[:, :, -width:],
+            value=value[:, :, -width:],
+            stored_key=key[:, :, condition:-width],
+            stored_value=value[:, :, condition:-width],
+            attend=group.tokens,
+            store=store,
+            scale=scale,
+            guided=cache.rows_per_image == 2,
+            stored_ids=None if group.ids is None else group.ids[:, :, :old],
+            stored_carried=None if group.carried is None else group.carried[:, :, :old],
+            columns=torch.tensor(self._columns(step), device=key.device),
+            condition_key=key[:, :, :condition],
+            mask=self._mask_of(group, mask),
+            line_end=cache.line_end,
+        )
+
+    def _end_line(self, mask: torch.Tensor | None, scale: float):
+        """Look at the line that is complete, and let go what has to."""
+        cache, method, step = self.cache, self.cache.method, self.step
+        if self._is_ranked(step):
+            if not self.groups:
+                heads = torch.arange(self.key.shape[1], device=self.key.device).expand(len(self.key), -1)
+                whole = LineGroup(heads, self.key, self.value, None, self.carried, "", self.image_tokens)
+                if step in method.identifying_steps(cache.plan):
+                    evidence = method.head_evidence(self._view(whole, self.image_tokens, mask, scale))
+                    self.evidence = evidence if self.evidence is None else self.evidence + evidence
+                if self._has_to_lose(step):
+                    # The first of these are gone before the last ones are made.
+                    del whole
+                    self.groups = [
+                        self._shrunk(group, store, index, mask, scale)
+                        for index, (group, store) in enumerate(zip(self._split(step), self._stored(step)))
+                    ]
+                    self.key = self.value = self.carried = self.evidence = None
+                elif method.carries_scores:
+                    self.carried = method.rank(self._view(whole, self.image_tokens, mask, scale)).carried
+            else:
+                for index, (group, store) in enumerate(zip(self.groups, self._stored(step))):
+                    self._shrunk(group, store, index, mask, scale)
+        self._commit()
+
+    def _shrunk(self, group: LineGroup, store: int, index: int, mask: torch.Tensor | None, scale: float) -> LineGroup:
+        """A group after it has let go all but `store` tokens."""
+        cache = self.cache
+        view = self._view(group, store, mask, scale)
+        ranking = cache.method.rank(view)
+        finite = torch.isfinite(ranking.scores).all()
+        cache.finite = finite if cache.finite is None else cache.finite.to(finite.device) & finite
+        most = max(counts[index] for counts in cache.plan.layers[self.index].store)
+        kept = top(ranking.scores, store, ranking.tiers)
+        self._keep(group, kept, ranking.carried, view.ids, most + cache.width)
+        return group
+
+    # -- accounts ------------------------------------------------------------------------------------------------------
+
+    def _count(self, heads: int, tokens: int):
+        """Note what is held and looked at, when image tokens have come."""
+        if self.groups:
+            held = sum(group.heads.shape[1] * group.tokens for group in self.groups)
+            self.attended += held + heads * self.cache.condition
+        else:
+            held = heads * self.image_tokens
+            self.attended += heads * sum(range(self.seen - tokens + 1, self.seen + 1))
+        self.cache.meter.hold(self.index, held)
+
+    def _commit(self):
+        """Note what is held between two lines."""
+        cache, condition = self.cache, self.cache.condition
+        groups = self.groups or [LineGroup(None, self.key, self.value, None, self.carried, "", self.image_tokens)]
+        tensors, beside, metadata = [], [], [] if self.queries is None else [self.queries]
+        for group in groups:
+            for plane in (group.key, group.value):
+                tensors.append(plane[:, :, condition : condition + group.tokens])
+                beside.append(plane[:, :, :condition])
+            metadata += [part[:, :, : group.tokens] for part in (group.ids, group.carried) if part is not None]
+        cache.meter.commit(
+            self.index,
+            self.step,
+            tensors,
+            metadata,
+            self.attended / cache.width,
+            cache.width * cache.sharing,
+            condition=beside,
+        )
+        self.attended = 0
+        if self.index == len(cache.layers) - 1 and cache.finite is not None and not bool(cache.finite):
+            raise ValueError(
+                f"Method {cache.method.name!r} got scores that are not finite. The model's keys or queries overflowed: use a "
+                "dtype with a larger range (bfloat16 or float32)."
+            )
+
+
+def of_heads(tensor: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Some heads of each row: `[rows, all heads, ...]` at `[rows, heads]`."""
+    if heads.shape[1] == tensor.shape[1]:
+        # All of them, and they are ascending.
+        return tensor
+    index = heads.view(*heads.shape, *(1,) * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
+    return tensor.gather(1, index)
