@@ -1,0 +1,1 @@
+"""Caches for models of other libraries. Importing the package imports none of them."""
