@@ -168,7 +168,7 @@ class MultiScaleBSQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
             latents (`torch.Tensor`):
                 Running latent `[batch, latent_channels, height, width]` in float32, zeros before the first scale.
             codes (`torch.Tensor`):
-                Bits `[batch, n_k, bits_per_token]` of 0 and 1.
+                Bits `[batch, n_k, bits_per_token]` of 0 and 1; on the device of the transformer, which may be another one.
             step (`int`):
                 Index of the scale, from 0.
             schedule (`Schedule`):
@@ -176,17 +176,35 @@ class MultiScaleBSQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: the new running latent, and the next input
-            `[batch, n_(k+1), bits_per_token]`, or `None` after the last scale.
+            `[batch, n_(k+1), bits_per_token]` on the device of the codes, or `None` after the last scale.
         """
-        maps = self.codes(self.unpack(codes.bool(), schedule.sizes[step]))
+        maps = self.codes(self.unpack(codes.to(latents.device, torch.bool), schedule.sizes[step]))
         latents = latents + self.upsample(maps, step, schedule)
-        return latents, self.next_input(latents, step, schedule)
+        return latents, self.next_input(latents, step, schedule, codes.device)
 
-    def next_input(self, latents: torch.Tensor, step: int, schedule: Schedule) -> torch.Tensor | None:
-        """The running latent after scale `step`, resized to the next one, `[batch, n_(k+1), bits_per_token]`."""
+    def next_input(
+        self, latents: torch.Tensor, step: int, schedule: Schedule, device: torch.device | None = None
+    ) -> torch.Tensor | None:
+        """
+        The transformer's input for the scale after `step`.
+
+        Args:
+            latents (`torch.Tensor`):
+                Running latent `[batch, latent_channels, height, width]`, resized to the next scale.
+            step (`int`):
+                Index of the scale, from 0.
+            schedule (`Schedule`):
+                The scales.
+            device (`torch.device`, *optional*):
+                Where the transformer is; by default where the latent is.
+
+        Returns:
+            `torch.Tensor`: `[batch, n_(k+1), bits_per_token]`, or `None` after the last scale.
+        """
         if step == len(schedule) - 1:
             return None
-        return self.pack(resize(latents, self.latent_size(schedule.sizes[step + 1])))
+        resized = self.pack(resize(latents, self.latent_size(schedule.sizes[step + 1])))
+        return resized.to(device or latents.device)
 
     def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder(latents.to(self.decoder.conv_in.weight.dtype)).clamp(-1, 1)

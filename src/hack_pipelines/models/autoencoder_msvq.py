@@ -199,7 +199,8 @@ class MultiScaleVQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
             latents (`torch.Tensor`):
                 Running latent `[batch, latent_channels, height, width]` in float32, zeros before the first scale.
             codes (`torch.Tensor`):
-                Ids `[batch, n_k]`, or weights over the codebook `[batch, n_k, vocab_size]` for a soft mixture.
+                Ids `[batch, n_k]`, or weights over the codebook `[batch, n_k, vocab_size]` for a soft mixture; on the
+                device of the transformer, which may be another one.
             step (`int`):
                 Index of the scale, from 0.
             schedule (`Schedule`):
@@ -207,16 +208,34 @@ class MultiScaleVQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: the new running latent, and the next input
-            `[batch, n_(k+1), latent_channels]`, or `None` after the last scale.
+            `[batch, n_(k+1), latent_channels]` on the device of the codes, or `None` after the last scale.
         """
-        latents = latents + self.quantizer.upsample(codes, step, schedule)
-        return latents, self.next_input(latents, step, schedule)
+        latents = latents + self.quantizer.upsample(codes.to(latents.device), step, schedule)
+        return latents, self.next_input(latents, step, schedule, codes.device)
 
-    def next_input(self, latents: torch.Tensor, step: int, schedule: Schedule) -> torch.Tensor | None:
-        """The running latent after scale `step`, pooled to the next one, `[batch, n_(k+1), latent_channels]`."""
+    def next_input(
+        self, latents: torch.Tensor, step: int, schedule: Schedule, device: torch.device | None = None
+    ) -> torch.Tensor | None:
+        """
+        The transformer's input for the scale after `step`.
+
+        Args:
+            latents (`torch.Tensor`):
+                Running latent `[batch, latent_channels, height, width]`, pooled to the next scale.
+            step (`int`):
+                Index of the scale, from 0.
+            schedule (`Schedule`):
+                The scales.
+            device (`torch.device`, *optional*):
+                Where the transformer is; by default where the latent is.
+
+        Returns:
+            `torch.Tensor`: `[batch, n_(k+1), latent_channels]`, or `None` after the last scale.
+        """
         if step == len(schedule) - 1:
             return None
-        return F.interpolate(latents, size=schedule.sizes[step + 1], mode="area").flatten(2).transpose(1, 2)
+        pooled = F.interpolate(latents, size=schedule.sizes[step + 1], mode="area").flatten(2).transpose(1, 2)
+        return pooled.to(device or latents.device)
 
     def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))).clamp(-1, 1)

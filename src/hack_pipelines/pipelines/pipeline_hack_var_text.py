@@ -8,6 +8,7 @@ from diffusers.utils import logging, replace_example_docstring
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..cache.cache import Cache
+from ..hub.registry import checked_reference
 from ..methods import DEFAULT_METHOD, Method
 from ..models.autoencoder_bsq import MultiScaleBSQModel
 from ..models.infinity_schedules import (
@@ -62,6 +63,8 @@ class HackVARTextPipeline(HackVARPipeline):
             Defaults of `guidance_scale`, `temperature`, `top_k` and `top_p` for this model.
         scale_schedule (`list`, *optional*):
             Height and width of every token map of the model's own size. `None` is the released 1024 x 1024.
+        default_head_profile (`str`, *optional*):
+            Hub repo of the head profile that belongs to this model, `"owner/name"` or `"owner/name@revision"`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -69,6 +72,7 @@ class HackVARTextPipeline(HackVARPipeline):
     _exclude_from_cpu_offload = []
     _optional_components = ["text_encoder", "tokenizer"]
     family: ClassVar[str] = "infinity"
+    pipeline_tag: ClassVar[str] = "text-to-image"
 
     text_encoder: T5EncoderModel | None
     tokenizer: Any
@@ -82,11 +86,16 @@ class HackVARTextPipeline(HackVARPipeline):
         # diffusers compares these annotations with the classes of the values, so they take no parameters.
         sampling: dict | None = None,
         scale_schedule: list | None = None,
+        default_head_profile: str | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         schedule = scale_schedule or [list(size) for size in template_schedule(NATIVE_RATIO, NATIVE_PIXEL_CLASS).sizes]
-        self.register_to_config(sampling=sampling or DEFAULT_SAMPLING, scale_schedule=schedule)
+        self.register_to_config(
+            sampling=sampling or DEFAULT_SAMPLING,
+            scale_schedule=schedule,
+            default_head_profile=checked_reference("default_head_profile", default_head_profile),
+        )
 
     @classmethod
     def component_dtypes(cls, dtype: torch.dtype | dict[str, torch.dtype]) -> torch.dtype | dict[str, torch.dtype]:
@@ -282,7 +291,7 @@ class HackVARTextPipeline(HackVARPipeline):
                     f"`{name}` must have 1 to {config['text_max_length']} text tokens each but has {len(entry)}: cut it, "
                     "and leave padding out."
                 )
-        return [entry.to(self._execution_device) for entry in entries]
+        return [entry.to(self.device_of(self.transformer)) for entry in entries]
 
     def _encode_texts(self, texts: list[str]) -> list[torch.Tensor]:
         """Features `[length, text_channels]` of each text in float32."""
@@ -296,8 +305,9 @@ class HackVARTextPipeline(HackVARPipeline):
         # Padded to the full length, as the original encodes: in half precision another length rounds otherwise.
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(self._execution_device)
-        features = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float()
+        ).to(self.device_of(self.text_encoder))
+        features = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        features = features.to(self.device_of(self.transformer), torch.float32)
         return [rows[:count] for rows, count in zip(features, tokens.attention_mask.sum(1).tolist())]
 
     def _warn_of_cuts(self, texts: list[str], length: int):
@@ -311,7 +321,7 @@ class HackVARTextPipeline(HackVARPipeline):
 
     def encode_inputs(self, inputs: Sequence[int | str], guided: bool) -> InfinityCondition:
         if self.text_encoder is None and not any(inputs):
-            features = self.transformer.uncond_embeds[:NO_TEXT_LENGTH].to(self._execution_device)
+            features = self.transformer.unconditional_features(NO_TEXT_LENGTH)
             return InfinityCondition([features] * len(inputs), guided=guided)
         return self.encode_prompt([str(entry) for entry in inputs], guided=guided)
 
