@@ -1,7 +1,7 @@
 """Trains the raster demo model: a `LlamaForCausalLM` that draws pictures on white, token by token, given a class.
 
-Its image tokenizer, a `MultiScaleVQModel` with a single scale of 16 x 16, is trained first. Every picture is encoded in
-several random views once. Run it again to resume.
+Its image tokenizer, a `MultiScaleVQModel` with a single scale of 16 x 16, is trained first. Pictures are encoded in
+several random views. Run it again to resume.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CONFIG = {
 }
 # A vocabulary of whole cache lines.
 VOCAB_MULTIPLE = 8
-VIEWS = 6
+VIEWS = 8
 EVALUATE_SECONDS = 300
 SHEET_CLASSES = 14
 
@@ -53,23 +53,25 @@ def make_model(class_names: list[str], config: dict = CONFIG) -> LlamaForCausalL
     )
 
 
-@torch.no_grad()
-def encode_views(vae: MultiScaleVQModel, data: EmojiData, rows: torch.Tensor, path: Path) -> torch.Tensor:
-    """Codes of random views in int16, `[views, N, 256]`, computed once and kept in a file."""
-    if path.exists():
-        return torch.load(path, weights_only=True)
-    views = []
-    for _ in tqdm(range(VIEWS), desc="views"):
-        chunks = []
-        for chunk in rows.split(32):
-            images = augmented_view(data.images[chunk], data.mirrored[chunk], SIDE, torch.default_generator)
+class Views:
+    """Codes of random views of pictures on white, each encoded once, when it is first drawn."""
+
+    def __init__(self, vae: MultiScaleVQModel, data: EmojiData, rows: torch.Tensor):
+        self.vae, self.data, self.rows = vae, data, rows
+        self.tokens = torch.full((VIEWS, len(rows), SCHEDULE.total), -1, dtype=torch.int16)
+
+    @torch.no_grad()
+    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `[count, 256]` and class ids `[count]` of pictures drawn with replacement."""
+        views, picked = torch.randint(VIEWS, (count,)), torch.randint(len(self.rows), (count,))
+        new = self.tokens[views, picked, 0] < 0
+        if new.any():
+            rows = self.rows[picked[new]]
+            images = augmented_view(self.data.images[rows], self.data.mirrored[rows], SIDE, torch.default_generator)
             with torch.autocast("cpu", torch.bfloat16):
-                features = vae.encode(images)
-            chunks.append(vae.tokenize(features, SCHEDULE)[0].short())
-        views.append(torch.cat(chunks))
-    tokens = torch.stack(views)
-    torch.save(tokens, path)
-    return tokens
+                features = self.vae.encode(images)
+            self.tokens[views[new], picked[new]] = self.vae.tokenize(features, SCHEDULE)[0].short()
+        return self.tokens[views, picked].long(), self.data.class_ids[self.rows[picked]]
 
 
 @torch.no_grad()
@@ -99,9 +101,9 @@ class Evaluation:
             self.sets[name] = encode_plain(vae, data, rows), data.class_ids[rows]
 
     @torch.no_grad()
-    def measure(self, model: LlamaForCausalLM) -> dict[str, float]:
-        """Mean of every set."""
-        result = {}
+    def measure(self, model: LlamaForCausalLM) -> dict[str, float | int]:
+        """Mean of every set, and how many codes the three use together, which training does not change."""
+        result = {"codes": len(torch.cat([tokens for tokens, _ in self.sets.values()]).unique())}
         for name, (tokens, classes) in self.sets.items():
             first = class_tokens(model, classes)
             losses = [code_losses(model, *chunk) for chunk in zip(tokens.split(32), first.split(32))]
@@ -144,9 +146,7 @@ def train(folder: Path, runs: Path, minutes: float, batch_size: int) -> Path:
     torch.manual_seed(0)
     data = load_data(folder)
     vae = MultiScaleVQModel.from_pretrained(runs / "vae").eval()
-    rows = data.indices(TRAIN)
-    views, evaluation = encode_views(vae, data, rows, runs / "views.pt"), Evaluation(vae, data)
-    print(f"{len(views.unique())} of {TOKENIZER_CONFIG['vocab_size']} codes are in use")
+    views, evaluation = Views(vae, data, data.indices(TRAIN)), Evaluation(vae, data)
     model, averaged = make_model(data.class_names), make_model(data.class_names).eval()
     # Attention written out in bfloat16 is faster on a CPU than the fused kernel.
     model.set_attn_implementation("eager")
@@ -160,10 +160,9 @@ def train(folder: Path, runs: Path, minutes: float, batch_size: int) -> Path:
     clock, log = Clock(minutes, elapsed), CsvLog(runs / "raster.csv")
     progress, losses, next_evaluation = tqdm(initial=step, mininterval=10), [], clock.elapsed + EVALUATE_SECONDS
     while clock.progress < 1:
-        picked = torch.randint(len(rows), (batch_size,))
-        tokens = views[torch.randint(len(views), (batch_size,)), picked].long()
+        tokens, classes = views.draw(batch_size)
         factor = learning_rate_factor(step, clock.progress, WARMUP_STEPS, DECAY_START)
-        losses.append(train_step(model, optimizers, tokens, data.class_ids[rows[picked]], factor))
+        losses.append(train_step(model, optimizers, tokens, classes, factor))
         average.update(model, step)
         step += 1
         progress.update()
@@ -171,7 +170,7 @@ def train(folder: Path, runs: Path, minutes: float, batch_size: int) -> Path:
             averaged.load_state_dict(average.weights)
             measured, loss, seconds = evaluation.measure(averaged), sum(losses) / len(losses), clock.elapsed
             log.write(step=step, seconds=seconds, images=step * batch_size, factor=factor, loss=loss, **measured)
-            tqdm.write(f"step {step}: loss {loss:.3f}, " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
+            tqdm.write(f"step {step}: loss {loss:.3f}, " + ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
             save_checkpoint(
                 runs / "raster.pt", model=model.state_dict(), average=average.weights, step=step,
                 optimizers=[optimizer.state_dict() for optimizer in optimizers], elapsed=seconds,

@@ -147,7 +147,7 @@ def evaluate(model: MultiScaleVQModel, data: EmojiData, schedule: Schedule, path
     outputs, tokens = [], []
     for chunk in images.split(64):
         tokens.append(torch.cat(model.tokenize(model.encode(chunk), schedule), dim=1))
-        outputs.append(model(chunk, schedule))
+        outputs.append(model(chunk, schedule).sample)
     output = torch.cat(outputs)
     error = ((output - images) / 2).square().mean(dim=(1, 2, 3))
     pairs = torch.cat([torch.cat([a, b]) for a, b in zip(images[::2][:72].split(24), output[::2][:72].split(24))])
