@@ -24,11 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             What comes after the program's name; that of the process by default.
 
     Returns:
-        `int`: exit status: 0, 2 after bad input, 130 after an interrupt.
+        `int`: exit status: what the subcommand returned or 0, 2 after bad input, 130 after an interrupt.
     """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        status = args.run(args)
     except KeyboardInterrupt:
         print(f"{program()}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{program()}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    return 0
+    return status or 0
 
 
 def program() -> str:

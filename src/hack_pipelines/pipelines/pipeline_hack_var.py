@@ -276,16 +276,17 @@ class HackVARPipeline(DiffusionPipeline):
             raise ValueError("`safe_serialization` must stay `True` with `push_to_hub`: pickle files can run code.")
         if push_to_hub and repo_id is None:
             repo_id = folder.name
-        original = self._original
+        if self._original is not None:
+            license, base_model = license or self._original.license, base_model or self._original.name
         card = pipeline_card(
             self,
-            license=license or (None if original is None else original.license),
-            base_model=base_model or (None if original is None else original.name),
+            license=license,
+            base_model=base_model,
             results=results,
             repo_id=repo_id,
             revision=kwargs.get("tag") or kwargs.get("revision"),
         )
-        if push_to_hub and card.data.license is None:
+        if push_to_hub and license is None:
             logger.warning("The card names no licence of the weights: `license` says which one it is.")
         super().save_pretrained(str(folder), safe_serialization, variant, max_shard_size)
         if self.head_profile is not None:
