@@ -33,7 +33,7 @@ class MultiScaleBSQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
             Whether a token of the transformer is a square of 2 x 2 latent positions, with four times as many bits.
     """
 
-    _no_split_modules = ["Encoder", "Decoder"]
+    _no_split_modules = ["ResnetBlock2D", "Attention"]
     _supports_gradient_checkpointing = True
     # Groups that are fetched when they are called themselves: `encode`, `accumulate` and `decode` do not call the model.
     _group_offload_block_modules = ["encoder", "decoder"]

@@ -96,7 +96,7 @@ class MultiScaleVQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
     """
 
     _keep_in_fp32_modules = ["quantizer"]
-    _no_split_modules = ["Encoder", "Decoder"]
+    _no_split_modules = ["ResnetBlock2D", "Attention"]
     _supports_gradient_checkpointing = True
     # Groups that are fetched when they are called themselves: `encode`, `accumulate` and `decode` do not call the model.
     _group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv", "quantizer", "embedding"]

@@ -68,6 +68,7 @@ class HackVARPipeline(DiffusionPipeline):
     _fallback_profile: HeadProfile | None = None
     _original: OriginalRepo | None = None
     _interrupt = False
+    _num_timesteps = 0
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -384,6 +385,11 @@ class HackVARPipeline(DiffusionPipeline):
         self.head_profile = head_profile
 
     @property
+    def num_timesteps(self) -> int:
+        """Scales of the running or the last call: callbacks count steps by this name."""
+        return self._num_timesteps
+
+    @property
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to stop after the scale that is being drawn."""
         return self._interrupt
@@ -596,6 +602,7 @@ class HackVARPipeline(DiffusionPipeline):
         """
         schedule = cache.schedule
         latents = self.prepare_latents(len(condition) // 2 if settings.guided else len(condition), schedule)
+        self._num_timesteps = len(schedule)
         scale_input, all_tokens = None, []
         with self.progress_bar(total=len(schedule)) as progress_bar:
             for step, size in enumerate(schedule.sizes):

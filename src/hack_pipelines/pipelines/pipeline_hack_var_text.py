@@ -1,5 +1,6 @@
 """Text to image with Infinity."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ logger = logging.get_logger(__name__)
 VALUES_OF_A_BIT = 2
 # Rows of the learned features for no text that stand for a short prompt where there is no text encoder.
 NO_TEXT_LENGTH = 8
+TEXT_MAX_LENGTH = 512
 NATIVE_RATIO, NATIVE_PIXEL_CLASS = 1.0, "1M"
 
 EXAMPLE_DOC_STRING = """
@@ -214,6 +216,33 @@ class HackVARTextPipeline(HackVARPipeline):
             guidance_layers=tuple(guidance_layers),
         )
 
+    @property
+    def text_max_length(self) -> int:
+        """The most text tokens that the transformer reads; without a transformer that of the released models."""
+        return TEXT_MAX_LENGTH if self.transformer is None else self.transformer.config["text_max_length"]
+
+    @property
+    def _text_device(self) -> torch.device:
+        """Where text features go."""
+        return self._execution_device if self.transformer is None else self.device_of(self.transformer)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any):
+        """
+        Offload groups of layers, see [`~diffusers.DiffusionPipeline.enable_group_offload`].
+
+        Raises:
+            `ValueError`: if leaves of the text encoder are to go to disk, which loses its shared embedding.
+        """
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        excluded = given.get("exclude_modules") or ()
+        to_disk = given.get("offload_to_disk_path") and given.get("offload_type") == "leaf_level"
+        if to_disk and self.text_encoder is not None and "text_encoder" not in excluded:
+            raise ValueError(
+                "With `offload_type='leaf_level'` and `offload_to_disk_path` the text encoder would lose its embedding, which two "
+                "of its modules share: pass `exclude_modules=['text_encoder']`, or `offload_type='block_level'`."
+            )
+        super().enable_group_offload(*args, **kwargs)
+
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -291,7 +320,7 @@ class HackVARTextPipeline(HackVARPipeline):
                     f"`{name}` must have 1 to {config['text_max_length']} text tokens each but has {len(entry)}: cut it, "
                     "and leave padding out."
                 )
-        return [entry.to(self.device_of(self.transformer)) for entry in entries]
+        return [entry.to(self._text_device) for entry in entries]
 
     def _encode_texts(self, texts: list[str]) -> list[torch.Tensor]:
         """Features `[length, text_channels]` of each text in float32."""
@@ -300,14 +329,14 @@ class HackVARTextPipeline(HackVARPipeline):
                 "This pipeline has no text encoder: give `prompt_embeds`, or load it with one "
                 "(`from_original(..., text_encoder=...)`, `hack-pipelines convert --text-encoder ...`)."
             )
-        length = self.transformer.config["text_max_length"]
+        length = self.text_max_length
         self._warn_of_cuts(texts, length)
         # Padded to the full length, as the original encodes: in half precision another length rounds otherwise.
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(self.device_of(self.text_encoder))
         features = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        features = features.to(self.device_of(self.transformer), torch.float32)
+        features = features.to(self._text_device, torch.float32)
         return [rows[:count] for rows, count in zip(features, tokens.attention_mask.sum(1).tolist())]
 
     def _warn_of_cuts(self, texts: list[str], length: int):
