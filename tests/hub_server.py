@@ -164,6 +164,7 @@ class HubServer:
             def routes(self) -> list[tuple[str, str, Callable]]:
                 return [
                     ("GET", r"/api/models/(.+)/revision/([^/]+)", self.reading(self.send_info)),
+                    ("GET", r"/api/models/([^/]+/[^/]+)", lambda name: self.reading(self.send_info)(name, "main")),
                     ("GET", r"/api/models/(.+)/tree/([^/]+)", self.reading(self.send_tree)),
                     ("GET", r"/api/models/(.+)/refs", self.send_refs),
                     ("GET", r"/(.+)/resolve/([^/]+)/(.+)", self.reading(self.send_file)),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers.utils import logging
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 # The base of the errors of the HTTP library below the client, which is not the same one in all of its releases.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -83,7 +83,22 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
 
 
 def snapshot(name: str, allowed: list[str], ignored: list[str], options: dict[str, Any]) -> Path:
-    """Files of one commit of a Hub repo, in the cache of the Hub's client; the folder is named after the commit."""
+    """
+    Files of one commit of a Hub repo, in the cache of the Hub's client; the folder is named after the commit.
+
+    Args:
+        name (`str`):
+            The repo.
+        allowed, ignored (`list[str]`):
+            Patterns of the files' names.
+        options (`dict[str, Any]`):
+            `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`.
+    """
+    if options.get("force_download"):
+        if options.get("local_files_only"):
+            raise ValueError("`force_download` asks the Hub, which `local_files_only` forbids: give one of them.")
+        # Where the Hub does not answer, the client hands out what is in the cache, also if that is to be fetched again.
+        patient(lambda: HfApi(token=options.get("token")).model_info(name, revision=options.get("revision")))
     return Path(
         patient(lambda: snapshot_download(name, allow_patterns=allowed, ignore_patterns=ignored or None, **options))
     )

@@ -62,7 +62,7 @@ def explained(name: str, revision: str | None, act: str = "read") -> Iterator[No
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         cause = http_error(error)
         if isinstance(cause, HfHubHTTPError):
-            raise ConnectionError(f"{name!r}{at} is not in the cache. {status_text(cause)}") from error
+            raise refusal(cause, name, at, act) from error
         raise ConnectionError(
             f"{name!r}{at} is no folder here and not, or not completely, in the cache, and the Hub was not asked or not "
             "reached: connect, or unset HF_HUB_OFFLINE and `local_files_only`."
@@ -70,30 +70,33 @@ def explained(name: str, revision: str | None, act: str = "read") -> Iterator[No
     except EntryNotFoundError as error:
         raise ValueError(f"The Hub repo {name!r}{at} lacks a file that is needed: {one_line(error)}") from error
     except HfHubHTTPError as error:
-        if error.response.status_code in FORBIDDEN:
-            raise ValueError(
-                f"The Hub does not let you {act} {name!r}: log in with `hf auth login`, or give a `token` that may."
-            ) from error
-        raise ConnectionError(f"The Hub did not answer for {name!r}{at}. {status_text(error)}") from error
+        raise refusal(error, name, at, act) from error
     except HTTPError as error:
         raise ConnectionError(
             f"The connection to the Hub was lost over {name!r}{at} ({one_line(error)}): call again, what is complete is kept."
         ) from error
 
 
-def status_text(error: HfHubHTTPError) -> str:
-    """What a status means, and what to do."""
+def refusal(error: HfHubHTTPError, name: str, at: str, act: str) -> Exception:
+    """What an answer of the Hub means, and what to do."""
     status = error.response.status_code
+    if status in FORBIDDEN:
+        return ValueError(
+            f"The Hub does not let you {act} {name!r} ({status}): log in with `hf auth login`, or give a `token` that may."
+        )
     asked = asked_wait(error.response.headers)
     later = "later" if asked is None else f"in {asked:g} seconds"
     if status == TOO_MANY:
-        return (
-            f"It got too many requests from here (429): try again {later}, and log in with `hf auth login`, which raises "
-            "the limit."
+        return ConnectionError(
+            f"The Hub did not answer for {name!r}{at}, because it got too many requests from here (429): try again {later}, "
+            "and log in with `hf auth login`, which raises the limit."
         )
     if status >= 500:
-        return f"It has trouble of its own ({status}): try again {later}, or see https://status.huggingface.co."
-    return one_line(error)
+        return ConnectionError(
+            f"The Hub did not answer for {name!r}{at}, because it has trouble of its own ({status}): try again {later}, or see "
+            "https://status.huggingface.co."
+        )
+    return ConnectionError(f"The Hub did not answer for {name!r}{at}: {one_line(error)}")
 
 
 def one_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ RELEASED_PROFILES = {
 }
 
 
-REFERENCE = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+REFERENCE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
