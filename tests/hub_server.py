@@ -360,3 +360,14 @@ class HubServer:
                 pass
 
         return Handler
+
+
+if __name__ == "__main__":
+    # To try things by hand: everything is lost when it ends.
+    with HubServer() as hub:
+        token = hub.write_token
+        print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={token} HF_HUB_DISABLE_XET=1 HF_HOME=$(mktemp -d)", flush=True)
+        try:
+            hub.thread.join()
+        except KeyboardInterrupt:
+            pass
