@@ -1,6 +1,6 @@
 """The cache of models that draw token by token: head groups with room for a line, which each row fills with heads of its own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,31 @@ class LineGroup:
     carried: torch.Tensor | None
     label: str
     tokens: int
+
+
+@dataclass(frozen=True)
+class LinePlan:
+    """
+    What happens at the end of a line, the same in all layers.
+
+    Args:
+        store (`tuple[int, ...]`):
+            Image tokens that a head of each group holds afterwards.
+        loses (`bool`):
+            Whether any goes.
+        identifies (`bool`):
+            Whether heads are looked at.
+        ranks (`bool`):
+            Whether the method reads the line's queries, for one of these or for what tokens carry.
+        columns (`tuple[int, ...]`):
+            Which of them.
+    """
+
+    store: tuple[int, ...]
+    loses: bool
+    identifies: bool
+    ranks: bool
+    columns: tuple[int, ...]
 
 
 class RasterCache:
@@ -122,6 +147,7 @@ class RasterCache:
         self.layers: list[RasterLayer] = []
         self.condition = self.given_condition
         self.plan: Plan | None = None
+        self.lines: list[LinePlan] = []
         self.lossless = self.kv_budget is None
         self.meter: CacheMeter | None = None
         self.finite: torch.Tensor | None = None
@@ -149,6 +175,7 @@ class RasterCache:
             condition + self.schedule.cacheable,
             self._itemsize,
             key_itemsize=self._itemsize,
+            full_note="all tokens",
         )
 
     def begin(self, key: torch.Tensor):
@@ -158,6 +185,7 @@ class RasterCache:
         metadata = self.method.metadata_bytes
         self.plan = self._plan(geometry, TokenBytes(self.rows_per_image, key.element_size(), metadata))
         self.lossless = self.plan is None
+        self.lines = [] if self.plan is None else line_plans(self.plan, self.method)
         self.meter = CacheMeter(len(self.layers), heads, head_dim, rows, rows // self.rows_per_image)
         self._itemsize = key.element_size()
 
@@ -217,7 +245,8 @@ class RasterLayer:
     @property
     def needs_query(self) -> bool:
         """Whether attention from the token that was appended last goes through [`~RasterLayer.attend`]."""
-        return bool(self.groups) or (self.image_tokens > 0 and self._is_ranked(self.step))
+        line = self._line()
+        return bool(self.groups) or (line is not None and line.ranks)
 
     def append(self, key: torch.Tensor, value: torch.Tensor):
         """
@@ -279,8 +308,7 @@ class RasterLayer:
         else:
             output = dense_attention(query, self.key, self.value)
         column = (self.image_tokens - 1) % self.cache.width
-        if self._is_ranked(self.step):
-            self._observe(shared, column)
+        self._observe(shared, column)
         if column == self.cache.width - 1:
             self._end_line(mask, scale)
         return output
@@ -292,27 +320,10 @@ class RasterLayer:
             return sum(group.heads.shape[1] for group in self.groups)
         return self.key.shape[1]
 
-    def _is_ranked(self, step: int) -> bool:
-        """Whether the queries of a line are needed at its end."""
-        cache = self.cache
-        if cache.plan is None or step >= len(cache.schedule):
-            return False
-        return (
-            cache.method.carries_scores
-            or step in cache.method.identifying_steps(cache.plan)
-            or self._has_to_lose(step)
-        )
-
-    def _has_to_lose(self, step: int) -> bool:
-        """Whether tokens go at the end of a line."""
-        stored = self._stored(step)
-        before = self._stored(step - 1) if step else (0,) * len(stored)
-        return any(old + self.cache.width > new for old, new in zip(before, stored))
-
-    def _stored(self, step: int) -> tuple[int, ...]:
-        """What each group holds after a line. The last line has no successor in the plan: it leaves what that before it does."""
-        store = self.cache.plan.layers[self.index].store
-        return store[min(step, len(store) - 2)]
+    def _line(self) -> LinePlan | None:
+        """What happens at the end of the line of the token that was seen last; nothing behind the grid."""
+        step = self.step
+        return self.cache.lines[step] if 0 <= step < len(self.cache.lines) else None
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
@@ -363,7 +374,7 @@ class RasterLayer:
         group.ids[:, :, group.tokens] = self.image_tokens - 1
         group.tokens += 1
 
-    def _split(self, step: int) -> Iterator[LineGroup]:
+    def _split(self) -> Iterator[LineGroup]:
         """The heads of all rows in the groups of the plan, still with all tokens."""
         cache, heads = self.cache, self.key.shape[1]
         evidence = self.key.new_zeros(len(self.key), heads, 0) if self.evidence is None else self.evidence
@@ -400,20 +411,15 @@ class RasterLayer:
 
     # -- the end of a line ---------------------------------------------------------------------------------------------
 
-    def _columns(self, step: int) -> tuple[int, ...]:
-        """Which queries of a line are kept until its end."""
-        columns = self.cache.method.observed_queries(self.cache.plan, step)
-        return tuple(range(self.cache.width)) if columns is None else tuple(columns)
-
     def _observe(self, query: torch.Tensor, column: int):
         """Keep the query `[rows, heads, sharing, head_dim]` of a column that is observed."""
-        columns = self._columns(self.step)
-        if column not in columns:
+        line = self._line()
+        if line is None or column not in line.columns:
             return
         rows, heads, sharing, head_dim = query.shape
-        if self.queries is None or self.queries.shape[2] != len(columns):
-            self.queries = query.new_empty(rows, heads, len(columns), sharing, head_dim)
-        self.queries[:, :, columns.index(column)] = query
+        if self.queries is None or self.queries.shape[2] != len(line.columns):
+            self.queries = query.new_empty(rows, heads, len(line.columns), sharing, head_dim)
+        self.queries[:, :, line.columns.index(column)] = query
 
     def _view(self, group: LineGroup, store: int, mask: torch.Tensor | None, scale: float) -> LineView:
         """What the method is shown of a group."""
@@ -438,7 +444,7 @@ class RasterLayer:
             guided=cache.rows_per_image == 2,
             stored_ids=None if group.ids is None else group.ids[:, :, :old],
             stored_carried=None if group.carried is None else group.carried[:, :, :old],
-            columns=torch.tensor(self._columns(step), device=key.device),
+            columns=torch.tensor(cache.lines[step].columns, device=key.device),
             condition_key=key[:, :, :condition],
             mask=self._mask_of(group, mask),
             line_end=cache.line_end,
@@ -446,28 +452,34 @@ class RasterLayer:
 
     def _end_line(self, mask: torch.Tensor | None, scale: float):
         """Look at the line that is complete, and let go what has to."""
-        cache, method, step = self.cache, self.cache.method, self.step
-        if self._is_ranked(step):
+        line = self._line()
+        if line is not None and line.ranks:
             if not self.groups:
-                heads = torch.arange(self.key.shape[1], device=self.key.device).expand(len(self.key), -1)
-                whole = LineGroup(heads, self.key, self.value, None, self.carried, "", self.image_tokens)
-                if step in method.identifying_steps(cache.plan):
-                    evidence = method.head_evidence(self._view(whole, self.image_tokens, mask, scale))
-                    self.evidence = evidence if self.evidence is None else self.evidence + evidence
-                if self._has_to_lose(step):
-                    # The first of these are gone before the last ones are made.
-                    del whole
-                    self.groups = [
-                        self._shrunk(group, store, index, mask, scale)
-                        for index, (group, store) in enumerate(zip(self._split(step), self._stored(step)))
-                    ]
-                    self.key = self.value = self.carried = self.evidence = None
-                elif method.carries_scores:
-                    self.carried = method.rank(self._view(whole, self.image_tokens, mask, scale)).carried
+                self._end_dense_line(line, mask, scale)
             else:
-                for index, (group, store) in enumerate(zip(self.groups, self._stored(step))):
-                    self._shrunk(group, store, index, mask, scale)
+                for index, (group, store) in enumerate(zip(self.groups, line.store)):
+                    self._shrink(group, store, index, mask, scale)
         self._commit()
+
+    def _end_dense_line(self, line: LinePlan, mask: torch.Tensor | None, scale: float):
+        """The same while all tokens lie together."""
+        method, tokens = self.cache.method, self.image_tokens
+        heads = torch.arange(self.key.shape[1], device=self.key.device).expand(len(self.key), -1)
+        view = self._view(LineGroup(heads, self.key, self.value, None, self.carried, "", tokens), tokens, mask, scale)
+        if line.identifies:
+            evidence = method.head_evidence(view)
+            self.evidence = evidence if self.evidence is None else self.evidence + evidence
+        if not line.loses:
+            if method.carries_scores:
+                self.carried = method.rank(view).carried
+            return
+        del view
+        groups = []
+        for index, (group, store) in enumerate(zip(self._split(), line.store)):
+            self._shrink(group, store, index, mask, scale)
+            groups.append(group)
+        self.groups = groups
+        self.key = self.value = self.carried = self.evidence = None
 
     def _shrunk(self, group: LineGroup, store: int, index: int, mask: torch.Tensor | None, scale: float) -> LineGroup:
         """A group after it has let go all but `store` tokens."""
@@ -479,7 +491,6 @@ class RasterLayer:
         most = max(counts[index] for counts in cache.plan.layers[self.index].store)
         kept = top(ranking.scores, store, ranking.tiers)
         self._keep(group, kept, ranking.carried, view.ids, most + cache.width)
-        return group
 
     # -- accounts ------------------------------------------------------------------------------------------------------
 
@@ -518,6 +529,25 @@ class RasterLayer:
                 f"Method {cache.method.name!r} got scores that are not finite. The model's keys or queries overflowed: use a "
                 "dtype with a larger range (bfloat16 or float32)."
             )
+
+
+def line_plans(plan: Plan, method: Method) -> list[LinePlan]:
+    """What happens at the end of each line."""
+    store = plan.layers[0].store
+    identifying = method.identifying_steps(plan)
+    lines, before = [], (0,) * len(store[0])
+    for step, width in enumerate(plan.schedule.lengths):
+        # The last line has no successor in the plan: it leaves what that before it does, to what ends the image.
+        own = store[min(step, len(store) - 2)]
+        loses = any(old + width > new for old, new in zip(before, own))
+        ranks = loses or step in identifying or method.carries_scores
+        columns: Sequence[int] = ()
+        if ranks:
+            observed = method.observed_queries(plan, step)
+            columns = range(width) if observed is None else observed
+        lines.append(LinePlan(own, loses, step in identifying, ranks, tuple(columns)))
+        before = own
+    return lines
 
 
 def of_heads(tensor: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
