@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..methods import RASTER_METHODS, Geometry, Method, Plan, get_method
-from ..methods.lines import LineView
+from ..methods.lines import LineView, TellsHeads
 from ..methods.selection import top
 from ..schedule import Schedule
 from .attention import attention
@@ -19,7 +19,7 @@ DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 """Attention to tensors that nothing has left: query `[rows, query heads, 1, head_dim]`, then all keys and values."""
 
 
-@dataclass
+@dataclass(eq=False)
 class LineGroup:
     """
     Heads of a layer that hold the same number of tokens. Their planes have room for the line that is being drawn.
@@ -137,9 +137,12 @@ class RasterCache:
         self.line_end = line_end
         self.sharing = sharing
         self.strict = strict
-        if not isinstance(kv_budget, str):
-            # Whether it suffices does not depend on the model.
-            self._plan(Geometry(self.schedule, 1, 1, 1), TokenBytes(1, 1))
+        if kv_budget is not None:
+            # Its form; and where it is not in bytes, whether it suffices, which does not depend on the model.
+            smallest = Geometry(self.schedule, 1, 1, 1), TokenBytes(1, 1)
+            budget_tokens(kv_budget, *smallest)
+            if not isinstance(kv_budget, str):
+                self._plan(*smallest)
         self.reset()
 
     def reset(self):
@@ -265,7 +268,7 @@ class RasterLayer:
         is_image = self.seen + tokens > cache.condition
         if is_image and cache.meter is None:
             cache.begin(key)
-        if is_image and tokens > 1 and not cache.lossless:
+        if is_image and tokens != 1 and not cache.lossless:
             raise ValueError(
                 f"{tokens} tokens came at once after {self.seen} tokens, {cache.condition} of which come before the image, but "
                 "image tokens must come one by one. A cache serves one generation: make a new one, or `reset` it. If the "
@@ -376,10 +379,11 @@ class RasterLayer:
 
     def _split(self) -> Iterator[LineGroup]:
         """The heads of all rows in the groups of the plan, still with all tokens."""
-        cache, heads = self.cache, self.key.shape[1]
-        evidence = self.key.new_zeros(len(self.key), heads, 0) if self.evidence is None else self.evidence
-        order = cache.method.head_order(evidence)
-        layer = cache.plan.layers[self.index]
+        if self.evidence is None:
+            order = torch.arange(self.key.shape[1], device=self.key.device).expand(len(self.key), -1)
+        else:
+            order = self.cache.method.head_order(self.evidence)
+        layer = self.cache.plan.layers[self.index]
         for places, label in zip(layer.groups, layer.labels):
             own = order[:, list(places)].sort(dim=-1).values
             carried = None if self.carried is None else of_heads(self.carried, own)
@@ -481,14 +485,14 @@ class RasterLayer:
         self.groups = groups
         self.key = self.value = self.carried = self.evidence = None
 
-    def _shrunk(self, group: LineGroup, store: int, index: int, mask: torch.Tensor | None, scale: float) -> LineGroup:
-        """A group after it has let go all but `store` tokens."""
+    def _shrink(self, group: LineGroup, store: int, index: int, mask: torch.Tensor | None, scale: float):
+        """Let a group, which is the plan's `index`-th, go all but `store` tokens."""
         cache = self.cache
         view = self._view(group, store, mask, scale)
         ranking = cache.method.rank(view)
         finite = torch.isfinite(ranking.scores).all()
         cache.finite = finite if cache.finite is None else cache.finite.to(finite.device) & finite
-        most = max(counts[index] for counts in cache.plan.layers[self.index].store)
+        most = max(line.store[index] for line in cache.lines[self.step :])
         kept = top(ranking.scores, store, ranking.tiers)
         self._keep(group, kept, ranking.carried, view.ids, most + cache.width)
 
@@ -534,7 +538,7 @@ class RasterLayer:
 def line_plans(plan: Plan, method: Method) -> list[LinePlan]:
     """What happens at the end of each line."""
     store = plan.layers[0].store
-    identifying = method.identifying_steps(plan)
+    identifying = method.identifying_steps(plan) if isinstance(method, TellsHeads) else range(0)
     lines, before = [], (0,) * len(store[0])
     for step, width in enumerate(plan.schedule.lengths):
         # The last line has no successor in the plan: it leaves what that before it does, to what ends the image.
