@@ -304,7 +304,7 @@ def test_a_cache_can_be_reset_and_copied():
     with head_attention(model):
         first = continued(model, cache)
         with pytest.raises(ValueError, match="serves one generation"):
-            continued(model, cache)
+            looped(model, cache)
         cache.reset()
         assert torch.equal(continued(model, cache), first)
         assert torch.equal(continued(model, pristine), first)
