@@ -325,8 +325,8 @@ def test_stored_bytes(method, strict):
         def update(self, key, value, layer_idx, *args, **kwargs):
             result = super().update(key, value, layer_idx, *args, **kwargs)
             layer = self.raster.layers[layer_idx]
-            if layer.key is not None:
-                dense.append(weakref.ref(layer.key))
+            if layer.whole is not None:
+                dense.append(weakref.ref(layer.whole.key))
             held = sum(group.heads.shape[1] * group.tokens for group in layer.groups)
             # Inside of a line it comes on top of the budget; a strict budget includes it.
             assert held <= 2 * (budget if strict else budget + SIDE)
