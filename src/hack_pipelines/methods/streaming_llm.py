@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .base import Ranking, StepView, check_choice
+from .base import Geometry, Ranking, StepView, check_choice
 from .baseline import Baseline, equal_scores, recent_tiers
 from .scale_window import even_subsample
+
+
+if TYPE_CHECKING:
+    from ..profiles.head_profile import HeadProfile
 
 
 @dataclass
@@ -40,6 +44,12 @@ class StreamingLLM(Baseline):
         if self.sinks not in (1, 2):
             raise ValueError(f"`sinks` must be 1 or 2 but is {self.sinks}.")
         check_choice("recent", self.recent, ("sequence", "uniform"))
+
+    def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
+        if geometry.schedule.raster:
+            # One recent line beside the sinks.
+            return sum(geometry.schedule.lengths[: self.sinks + 1])
+        return super().min_budget(geometry, profile)
 
     def rank(self, view: StepView) -> Ranking:
         # No budget is smaller than the first scales and one token, so these are still the first that are present.
