@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hack_pipelines.cache import Cache
+from hack_pipelines.cache.operator import Attended
 
 
 @dataclass
@@ -99,20 +100,20 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass
-class WatchedCache:
+class WatchedCache(Attended):
     """Hands everything to a cache, times it, and keeps a mode switched on inside it."""
 
     cache: Cache
     watch: Stopwatch
     mode: AbstractContextManager
 
-    @property
-    def wants_projection(self) -> bool:
-        return self.cache.wants_projection
+    def __post_init__(self):
+        self.wants_projection = self.cache.wants_projection
+        super().__init__()
 
-    def attend(self, *arguments, **projection) -> torch.Tensor:
+    def attend(self, *arguments, **others) -> torch.Tensor:
         self.watch.start()
         with self.mode:
-            output = self.cache.attend(*arguments, **projection)
+            output = self.cache.attend(*arguments, **others)
         self.watch.stop()
         return output

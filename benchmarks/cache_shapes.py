@@ -73,12 +73,14 @@ class OriginalCache(Cache):
         self.keys: list[torch.Tensor | None] = [None] * self.num_layers
         self.values: list[torch.Tensor | None] = [None] * self.num_layers
 
-    def _attend(self, layer_idx, step, query, key, value, scale):
+    def _attend(self, layer_idx, step, query, key, value, call):
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys = key.float() if keys is None else torch.cat((keys, key.float()), dim=2)
         values = value if values is None else torch.cat((values, value), dim=2)
         self.keys[layer_idx], self.values[layer_idx] = keys, values
-        return attention(query, keys.to(query.dtype), values, scale), keys.shape[1] * keys.shape[2]
+        return attention(query, keys.to(query.dtype), values, call.scale, backend=call.backend), keys.shape[
+            1
+        ] * keys.shape[2]
 
     def _tensors(self, layer_idx):
         return (tensor for tensor in (self.keys[layer_idx], self.values[layer_idx]) if tensor is not None)

@@ -112,7 +112,7 @@ def draw_infinity(model: torch.nn.Module, cache: Cache, request: Request) -> int
             inputs = torch.randn(request.images, cache.schedule.lengths[step + 1], model.config.bits_per_token)
     kept = [
         *prompts,
-        *(part for layer in condition.states.keys_values.values() for entry in layer for part in entry[1:]),
+        *(part for layer in condition.keys_values.values() for entry in layer for part in entry[1:]),
     ]
     kept += [value for value in vars(condition.states).values() if isinstance(value, torch.Tensor)]
     return sum(tensor.untyped_storage().nbytes() for tensor in kept)

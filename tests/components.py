@@ -125,7 +125,7 @@ def tiny_t5(folder: Path, channels: int = 256) -> Path:
 class OriginalCache(FullCache):
     """The original's way: keys stay in float32 and are cast at every use; every scale is stored."""
 
-    def attend(self, layer_idx, query, key, value, scale=1.0):
+    def attend(self, layer_idx, query, key, value, scale=1.0, projection=None, backend=None):
         key, value = self.update(key.float(), value, layer_idx)
         self.seen_tokens[layer_idx] += value.shape[2] - self.seen_tokens[layer_idx]
         return F.scaled_dot_product_attention(query, key.to(value.dtype), value, scale=scale)

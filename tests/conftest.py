@@ -22,6 +22,10 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # The server speaks LFS, not Xet; and no token of this machine may change what a test sees.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
         # Nothing that takes a relative path for its cache can leave files in the repository.
         monkeypatch.chdir(tmp_path)
         yield server

@@ -17,8 +17,8 @@ from hack_pipelines import HackVARClassPipeline, HackVARPipeline, HeadProfile, _
 from hack_pipelines.cli import main
 from hack_pipelines.cli.demo import DEMO_PROMPTS
 from hack_pipelines.cli.options import parse_budget, parse_class
-from hack_pipelines.cli.output import file_name, free_path
 from hack_pipelines.cli.sheet import GAP, MARGIN, Sheet, wrap
+from hack_pipelines.distributed import file_name
 from hack_pipelines.methods import METHODS
 
 from .components import seeds, tiny_pipeline, tiny_text_pipeline
@@ -274,27 +274,14 @@ def test_half_precision_halves_what_is_stored(model, tmp_path, capsys):
 
 
 def test_a_folder_gets_a_file_for_each_class_and_seed(model, tmp_path, capsys):
-    argv = [
-        "generate",
-        "tabby cat",
-        "--class",
-        "1",
-        "--num-images",
-        "2",
-        "--model",
-        model,
-        "--output-dir",
-        str(tmp_path),
-    ]
-    assert main([*argv, "--batch-size", "3"]) == 0
-    names = ["golden-retriever-2.png", "golden-retriever-3.png", "tabby-0.png", "tabby-1.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert f"{tmp_path}/tabby-1.png: tabby, seed 1\n" in capsys.readouterr().out
-    assert np.array_equal(pixels(tmp_path / "golden-retriever-3.png"), drawn(model, 1, 3))
-    # A second run, perhaps with another budget, does not take the first one's pictures away.
-    assert main(["generate", "0", "--model", model, "--output-dir", str(tmp_path), "--kv-budget", "10"]) == 0
-    assert np.array_equal(pixels(tmp_path / "tabby-0.png"), drawn(model, 0, 0))
-    assert np.array_equal(pixels(tmp_path / "tabby-0-2.png"), drawn(model, 0, 0, kv_budget=10))
+    argv = ["generate", "tabby cat", "--class", "1", "--num-images", "2", "--model", model, "--batch-size", "3"]
+    assert main([*argv, "--output-dir", str(tmp_path)]) == 0
+    stems = ["00000-tabby-0", "00001-tabby-1", "00002-golden-retriever-2", "00003-golden-retriever-3"]
+    names = [f"{stem}.{ending}" for stem in stems for ending in ("json", "png")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "manifest.jsonl", "settings.json"]
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path}: 4 pictures, listed in manifest.jsonl\ncache per picture: ")
+    assert np.array_equal(pixels(tmp_path / "00003-golden-retriever-3.png"), drawn(model, 1, 3))
 
 
 def test_several_pictures_make_a_sheet(model, tmp_path, capsys):
@@ -307,9 +294,9 @@ def test_several_pictures_make_a_sheet(model, tmp_path, capsys):
     assert np.array_equal(np.asarray(sheet.crop((MARGIN, MARGIN, MARGIN + side, MARGIN + side))), np.asarray(picture))
 
 
-def test_without_a_class_each_seed_draws_one(model, tmp_path, capsys):
+def test_without_a_class_each_seed_draws_one(model, tmp_path):
     assert main(["generate", "--num-images", "3", "--model", model, "--output-dir", str(tmp_path)]) == 0
-    named = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()[:3]]
+    records = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     labels = [int(torch.multinomial(torch.full((10,), 0.1), 1, generator=seeds(seed)[0])) for seed in range(3)]
     names = [
         "tabby",
@@ -319,7 +306,9 @@ def test_without_a_class_each_seed_draws_one(model, tmp_path, capsys):
         "lighthouse",
         *(f"class {number}" for number in range(5, 10)),
     ]
-    assert named == [f"{names[label]}, seed {seed}" for seed, label in enumerate(labels)]
+    assert [(record["class_label"], record["name"], record["seed"]) for record in records] == [
+        (label, names[label], seed) for seed, label in enumerate(labels)
+    ]
 
 
 def test_finished_pictures_survive_an_interrupt(model, tmp_path, monkeypatch, capsys):
@@ -339,17 +328,6 @@ def test_finished_pictures_survive_an_interrupt(model, tmp_path, monkeypatch, ca
     out, err = capsys.readouterr()
     assert (out, err) == (f"{path}: 2 pictures\n", "hack-pipelines: interrupted\n")
     assert Image.open(path).width == 2 * 12 * SIDE + GAP + 2 * MARGIN
-
-
-@given(st.integers(0, 5))
-@settings(max_examples=6)
-def test_a_free_path_is_the_first(tmp_path_factory, count):
-    folder = tmp_path_factory.mktemp("free")
-    for _ in range(count):
-        free_path(folder, "cat-0").touch()
-    assert {path.name for path in folder.iterdir()} == set(
-        ["cat-0.png", *(f"cat-0-{n}.png" for n in range(2, 6))][:count]
-    )
 
 
 @given(st.text())
@@ -415,17 +393,18 @@ def test_digits_are_a_prompt_where_a_model_takes_prompts(text_model, tmp_path, c
     assert np.array_equal(pixels(path), drawn(text_model, "3", 0))
 
 
-def test_prompts_come_typed_and_from_a_file(text_model, tmp_path, capsys):
+def test_prompts_come_typed_and_from_a_file(text_model, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeff\na red apple\r\n   \n  a blue   house \n\n", encoding="utf-8")
     folder = tmp_path / "pictures"
     argv = ["generate", "a cat", "--model", text_model, "--output-dir", str(folder), "--num-images", "2"]
     assert main([*argv, "--prompts-file", str(tmp_path / "prompts.txt"), "--batch-size", "4", "--seed", "7"]) == 0
-    names = ["a-cat-7", "a-cat-8", "a-red-apple-9", "a-red-apple-10", "a-blue-house-11", "a-blue-house-12"]
-    assert sorted(path.stem for path in folder.iterdir()) == sorted(names)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[0] for line in lines[:6]] == [str(folder / f"{name}.png") for name in names]
-    assert lines[4].endswith(": a blue house, seed 11")
-    assert np.array_equal(pixels(folder / "a-red-apple-10.png"), drawn(text_model, "a red apple", 10))
+    names = ["a-cat", "a-cat", "a-red-apple", "a-red-apple", "a-blue-house", "a-blue-house"]
+    stems = [f"{index:05d}-{name}-{7 + index}" for index, name in enumerate(names)]
+    assert sorted(path.stem for path in folder.glob("*.png")) == stems
+    records = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    assert [record["file"] for record in records] == [f"{stem}.png" for stem in stems]
+    assert (records[4]["prompt"], records[4]["name"]) == ("a blue   house", "a blue house")
+    assert np.array_equal(pixels(folder / "00003-a-red-apple-10.png"), drawn(text_model, "a red apple", 10))
 
 
 def test_classes_come_from_a_file_too(model, tmp_path):
@@ -433,23 +412,24 @@ def test_classes_come_from_a_file_too(model, tmp_path):
     folder = tmp_path / "pictures"
     argv = ["generate", "--model", model, "--output-dir", str(folder)]
     assert main([*argv, "--prompts-file", str(tmp_path / "classes.txt")]) == 0
-    assert sorted(path.stem for path in folder.iterdir()) == ["golden-retriever-2", "lighthouse-0", "no-class-1"]
-    assert np.array_equal(pixels(folder / "no-class-1.png"), drawn(model, -1, 1))
+    stems = ["00000-lighthouse-0", "00001-no-class-1", "00002-golden-retriever-2"]
+    assert sorted(path.stem for path in folder.glob("*.png")) == stems
+    assert np.array_equal(pixels(folder / "00001-no-class-1.png"), drawn(model, -1, 1))
 
 
 def test_a_size_is_the_nearest_that_the_model_draws(text_model, tmp_path, caplog):
-    pictures = tmp_path / "pictures"
-    start = ["generate", "a cat", "a house", "--model", text_model, "--output-dir", str(pictures), "--batch-size", "1"]
-    assert main([*start, "--height", "44", "--width", "22"]) == 0
+    tall, wide = tmp_path / "tall", tmp_path / "wide"
+    start = ["generate", "a cat", "a house", "--model", text_model, "--batch-size", "1"]
+    assert main([*start, "--output-dir", str(tall), "--height", "44", "--width", "22"]) == 0
     assert caplog.messages == []
-    assert np.array_equal(pixels(pictures / "a-cat-0.png"), drawn(text_model, "a cat", 0, height=44, width=22))
-    assert pixels(pictures / "a-cat-0.png").shape == (44, 22, 3)
+    assert np.array_equal(pixels(tall / "00000-a-cat-0.png"), drawn(text_model, "a cat", 0, height=44, width=22))
+    assert pixels(tall / "00000-a-cat-0.png").shape == (44, 22, 3)
     # Told once, not for each batch.
-    assert main([*start, "--width", "64"]) == 0
+    assert main([*start, "--output-dir", str(wide), "--width", "64"]) == 0
     assert caplog.messages == [
         "32 x 64 (height x width) is not a size that this model draws: taking the nearest, 22 x 44."
     ]
-    assert pixels(pictures / "a-house-1-2.png").shape == (22, 44, 3)
+    assert pixels(wide / "00001-a-house-1.png").shape == (22, 44, 3)
 
 
 def test_long_prompts_have_short_captions(text_model, tmp_path, capsys):

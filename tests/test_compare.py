@@ -16,12 +16,13 @@ from hack_pipelines import HackVARPipeline
 from hack_pipelines.cli import main
 from hack_pipelines.comparison import ComparisonFolder
 from hack_pipelines.comparison import report as report_module
-from hack_pipelines.comparison.folder import FULL_RUN, Run, replace_file
+from hack_pipelines.comparison.folder import FULL_RUN, Run
 from hack_pipelines.comparison.study import PSNR_CEILING, Study
 from hack_pipelines.comparison.table import ordered
 from hack_pipelines.evaluation import first_differing_step, psnr, ssim, teacher_forced_nll, token_agreement
 from hack_pipelines.methods import HACK, METHODS, Method, Random, get_method
 from hack_pipelines.methods.spec import parse_method
+from hack_pipelines.result_folder import replace_file
 
 from .components import seeds, tiny_pipeline, tiny_text_pipeline
 
@@ -286,9 +287,9 @@ def test_others_add_to_the_same_folder(model, tmp_path):
 def test_other_settings_are_refused(model, tmp_path, capsys):
     assert compare(model, tmp_path, ["random"], 0.3) == 0
     assert refused(capsys, model, tmp_path, ["random"], 0.5, "--seed", "1") == (
-        f"{tmp_path} holds runs with other settings: seed was 0 and is now 1. Name another folder, or remove this one."
+        f"{tmp_path} holds results with other settings: seed was 0 and is now 1. Name another folder, or remove this one."
     )
-    assert "inputs was [1, 3, 5, 7, 9] and is now [4]" in refused(
+    assert "inputs[0] was 1 and is now 4." in refused(
         capsys, model, tmp_path, ["random"], 0.5, "--prompts-file", prompts_file(tmp_path, "lighthouse")
     )
 

@@ -81,6 +81,7 @@ def test_hub_repo_in_diffusers_layout_generates_what_the_folder_does(hub, saved)
     images = draw(HackVARPipeline.from_pretrained("org/tiny"))
     assert torch.equal(images, draw(HackVARPipeline.from_pretrained(saved)))
     assert sorted(hub.fetched()) == [
+        "README.md",
         "model_index.json",
         "transformer/config.json",
         f"transformer/{WEIGHTS}",

@@ -1,6 +1,7 @@
 """What all methods share: counts from weights, strict plans, profiles of other schedules, quantised storage, ids, rows."""
 
 import math
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -578,8 +579,11 @@ def test_rows_see_their_own_projections_and_leave_none():
     assert cache.wants_projection
     for step in range(len(WIDE)):
         query, key, value = step_parts(WIDE, step)
-        cache.attend(0, query, key, value, projection=query + 1)
-        assert all(own._projection is None for own in cache.rows)
+        projection = query + 1
+        alive = weakref.ref(projection)
+        cache.attend(0, query, key, value, projection=projection)
+        del projection
+        assert alive() is None
 
 
 def test_a_method_that_plans_by_row_draws_images(pipe):

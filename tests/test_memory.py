@@ -135,7 +135,7 @@ def test_text_is_what_the_transformer_keeps():
     model(None, condition, schedule, step=0, kv_cache=FullCache(schedule, 2, True))
     kept = [
         *prompts,
-        *(part for layer in condition.states.keys_values.values() for _, *parts in layer for part in parts),
+        *(part for layer in condition.keys_values.values() for _, *parts in layer for part in parts),
     ]
     kept += [value for value in vars(condition.states).values() if isinstance(value, torch.Tensor)]
     request = Request("2b", images=2, dtype=torch.float32, prompt_tokens=5)

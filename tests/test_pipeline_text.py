@@ -515,7 +515,7 @@ def test_compiled_blocks_give_the_same(pipe):
 # -- decoder -----------------------------------------------------------------------------------------------------------
 
 
-def test_slicing_gives_the_same_and_tiling_nearly(monkeypatch):
+def test_slicing_gives_the_same_and_tiling_nearly():
     vae = tiny_bsq()
     latents = torch.randn(3, 8, 24, 40, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -525,7 +525,7 @@ def test_slicing_gives_the_same_and_tiling_nearly(monkeypatch):
         vae.disable_slicing()
         vae.enable_tiling()
         assert torch.equal(vae.decode(latents), whole)  # smaller than a tile
-        monkeypatch.setattr("hack_pipelines.models.autoencoder_bsq.TILE_PIXELS", 32)
+        vae.tile_sample_min_size = 32
         tiled = vae.decode(latents)
     assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
     # Noise has the same statistics everywhere, so normalising tiles of 16 positions on their own changes little.

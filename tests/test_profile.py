@@ -293,7 +293,7 @@ def edit_tensors(folder, edit):
             "format 2, but this package reads formats up to 1.*upgr",
         ),
         (lambda folder: edit_config(folder, format_version="gone"), "does not belong to a head profile"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "does not belong to a head profile"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "is damaged: it must hold a JSON object"),
         (lambda folder: (folder / "config.json").write_text('{"_class_name":'), "config.json is damaged"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "config.json is damaged"),
         (lambda folder: (folder / "config.json").unlink(), "There is no head profile in .*no config.json"),
@@ -329,5 +329,5 @@ def test_truncated_weights(stored):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(ValueError, match="There is no folder .*/nowhere"):
+    with pytest.raises(ValueError, match="nowhere' is neither a folder here nor a name that a Hub repo can have"):
         HeadProfile.from_pretrained(tmp_path / "nowhere")

@@ -150,7 +150,7 @@ def validate(data: EmojiData, judge: Judge, runs: Path) -> dict[str, dict]:
             colour = colours(torch.tensor([names.index(name) for name in backgrounds]))
             views = plain_view(data.images[list(shown)], SIDE, colour)
             result[f"{title}, {place}"] = summary(hits(judge, views, right))
-            drawn = torch.cat([vae(part, schedule) for part in views.split(64)])
+            drawn = torch.cat([vae(part, schedule).sample for part in views.split(64)])
             result[f"{title}, {place}, through the tokenizer"] = summary(hits(judge, drawn, right))
     return result
 
@@ -234,7 +234,7 @@ def measure_everyday(
     for number, (text, labels) in enumerate(EVERYDAY.items()):
         rows = [row for row in data.indices(TRAIN).tolist() if clean(data.captions[row]) in labels]
         with torch.no_grad():
-            known = everyday_hits(judge, pipe.vae(plain_view(data.images[rows], SIDE), pipe.schedule))
+            known = everyday_hits(judge, pipe.vae(plain_view(data.images[rows], SIDE), pipe.schedule).sample)
         result[text] = {"accepted": sorted(labels), "pictures": seeds}
         for name, share in shares.items():
             result[text][name] = {

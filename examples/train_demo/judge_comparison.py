@@ -20,10 +20,11 @@ from judge import Judge, load_judge
 from train_tokenizer import SIDE
 
 from hack_pipelines.comparison import ComparisonFolder
-from hack_pipelines.comparison.folder import FULL_RUN, Run, replace_file
+from hack_pipelines.comparison.folder import FULL_RUN, Run
 from hack_pipelines.comparison.study import SAMPLING, mean_and_error
 from hack_pipelines.comparison.table import csv_text, ordered
 from hack_pipelines.evaluation import frechet_distance
+from hack_pipelines.result_folder import replace_file
 
 
 UNKNOWN = -1

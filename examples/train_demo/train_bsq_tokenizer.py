@@ -81,7 +81,7 @@ def evaluate(model: MultiScaleBSQModel, data: EmojiData, schedule: Schedule, pat
     outputs, bits = [], []
     for chunk in images.split(64):
         bits.append(torch.cat(model.tokenize(model.encode(chunk), schedule), dim=1))
-        outputs.append(model(chunk, schedule))
+        outputs.append(model(chunk, schedule).sample)
     output, share = torch.cat(outputs), torch.cat(bits).float().mean(0)
     entropy = (torch.special.entr(share) + torch.special.entr(1 - share)).mean() / torch.tensor(2.0).log()
     error = ((output - images) / 2).square().mean(dim=(1, 2, 3))

@@ -32,6 +32,7 @@ PLAIN_STEPS = 300
 LEARNING_RATE = 1e-3
 DECAY_START = 0.4
 COMMITMENT = 0.25
+CODEBOOK_POOL = 16384
 COLOUR_WEIGHT = 2.0
 EVALUATE_SECONDS = 120
 
@@ -88,7 +89,7 @@ def reconstruction_loss(output: torch.Tensor, images: torch.Tensor) -> torch.Ten
 
 
 class DeadCodes:
-    """Moves codes that are hardly used onto residuals of the current batch."""
+    """Moves codes that are hardly used onto residuals of the current batch, the likelier the worse a residual is coded."""
 
     def __init__(self, vocab_size: int, every: int = 50, decay: float = 0.98, threshold: float = 0.05):
         self.every, self.decay, self.threshold = every, decay, threshold
@@ -100,12 +101,26 @@ class DeadCodes:
         dead = torch.nonzero(self.usage < self.threshold).flatten()
         if step % self.every or not len(dead):
             return 0
-        rows = quantised.residuals[torch.randint(len(quantised.residuals), (len(dead),))]
-        weight.data[dead] = rows
+        errors = (quantised.residuals - weight.detach()[quantised.tokens]).square().sum(1)
+        weight.data[dead] = quantised.residuals[torch.multinomial(errors, len(dead))]
         self.usage[dead] = 1.0
         for average in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][average][dead] = 0
         return len(dead)
+
+
+def spread_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """
+    Draws `count` rows, each with a probability that grows with its squared distance to those already drawn (k-means++).
+
+    A plain draw would spend most codes on the background, which is most of a picture, and few on rare colours.
+    """
+    picked = [rows[0]]
+    distances = (rows - picked[0]).square().sum(1)
+    while len(picked) < count:
+        picked.append(rows[torch.multinomial(distances, 1)[0]])
+        distances = torch.minimum(distances, (rows - picked[-1]).square().sum(1))
+    return torch.stack(picked)
 
 
 @torch.no_grad()
@@ -120,7 +135,7 @@ def start_codebook(model: MultiScaleVQModel, data: EmojiData, schedule: Schedule
         enlarged = F.interpolate(pooled, size=schedule.sizes[-1], mode="bicubic")
         latents = latents + model.quantizer.residual_conv(step, len(schedule))(enlarged)
     count = model.config.vocab_size // len(pools) + 1
-    rows = torch.cat([pool[torch.randperm(len(pool))[:count]] for pool in pools])
+    rows = torch.cat([spread_rows(pool[torch.randperm(len(pool))[:CODEBOOK_POOL]], count) for pool in pools])
     model.quantizer.embedding.weight.copy_(rows[: model.config.vocab_size])
 
 
@@ -132,7 +147,7 @@ def evaluate(model: MultiScaleVQModel, data: EmojiData, schedule: Schedule, path
     outputs, tokens = [], []
     for chunk in images.split(64):
         tokens.append(torch.cat(model.tokenize(model.encode(chunk), schedule), dim=1))
-        outputs.append(model(chunk, schedule))
+        outputs.append(model(chunk, schedule).sample)
     output = torch.cat(outputs)
     error = ((output - images) / 2).square().mean(dim=(1, 2, 3))
     pairs = torch.cat([torch.cat([a, b]) for a, b in zip(images[::2][:72].split(24), output[::2][:72].split(24))])
@@ -140,14 +155,21 @@ def evaluate(model: MultiScaleVQModel, data: EmojiData, schedule: Schedule, path
     return float((-10 * error.log10()).mean()), len(torch.cat(tokens).unique())
 
 
-def train(folder: Path, runs: Path, minutes: float, batch_size: int) -> Path:
+def train(
+    folder: Path,
+    runs: Path,
+    minutes: float,
+    batch_size: int,
+    config: dict = CONFIG,
+    patch_nums: tuple[int, ...] = PATCH_NUMS,
+) -> Path:
     """Trains for `minutes`, or for what is left of them, and returns the folder of the trained model."""
     torch.manual_seed(0)
-    data, schedule = load_data(folder), Schedule.from_sides(PATCH_NUMS)
+    data, schedule = load_data(folder), Schedule.from_sides(patch_nums)
     rows = data.indices(TRAIN)
-    model = MultiScaleVQModel(**CONFIG)
+    model = MultiScaleVQModel(**config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    dead_codes, step, elapsed = DeadCodes(CONFIG["vocab_size"]), 0, 0.0
+    dead_codes, step, elapsed = DeadCodes(config["vocab_size"]), 0, 0.0
     state = load_checkpoint(runs / "tokenizer.pt")
     if state is not None:
         model.load_state_dict(state["model"])

@@ -1,7 +1,7 @@
-"""Which slots of one arena hold which tokens, settled before the first step."""
+"""Which slots of an arena hold which tokens, known before they are written."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Segment(NamedTuple):
 
 class SlotMap:
     """
-    Slots of all that a plan ever stores, in an arena as large as what is stored at the worst checkpoint.
+    Slots of all that a plan ever stores of some layers, in an arena as large as what is stored at the worst checkpoint.
 
     Segments never move. Each takes the smallest free interval that it fits into (in the order of start, then end, larger
     ones first, as the released HeatKV does). One that fits into no interval is split over several, so that the arena has
@@ -47,10 +47,14 @@ class SlotMap:
     Args:
         plan ([`SegmentPlan`]):
             What is stored when.
+        layers (`Collection[int]`, *optional*):
+            The layers that share the arena, all by default.
     """
 
-    def __init__(self, plan: SegmentPlan):
+    def __init__(self, plan: SegmentPlan, layers: Collection[int] | None = None):
         segments = segments_of(plan)
+        if layers is not None:
+            segments = [segment for segment in segments if segment.layer in layers]
         self.capacity = most_alive(segments)
         """Slots of the arena."""
         self._pieces = {

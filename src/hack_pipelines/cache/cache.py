@@ -1,16 +1,18 @@
 """The cache that attention reads: the common part, and the one that keeps everything."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from ..schedule import Schedule
-from .attention import attention
+from .attention import AttentionCall, attention
+from .operator import Attended
 from .report import CacheMeter, CacheReport
 
 
-class Cache(ABC):
+class Cache(Attended):
     """
     Keys and values of one call. The attention layer hands over queries, keys and values of a scale and gets the output
     back, so a cache may hold or attend to fewer tokens than it was given. It dies with the call.
@@ -27,13 +29,11 @@ class Cache(ABC):
             Whether the second half of the rows are the unconditional ones of guidance.
     """
 
-    wants_projection: bool = False
-    """Whether [`~Cache.attend`] reads the bare projections of the queries."""
-
     def __init__(self, schedule: Schedule, num_layers: int, guided: bool = False):
         self.schedule = schedule
         self.num_layers = num_layers
         self.guided = guided
+        super().__init__()
         self.reset()
 
     def __len__(self) -> int:
@@ -43,7 +43,6 @@ class Cache(ABC):
         """Forget everything, as if no token had been seen."""
         self.seen_tokens = [0] * self.num_layers
         self.itemsize = 0
-        self._projection: torch.Tensor | None = None
         self._meter: CacheMeter | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -58,6 +57,7 @@ class Cache(ABC):
         value: torch.Tensor,
         scale: float = 1.0,
         projection: torch.Tensor | None = None,
+        backend: AttentionBackendName | None = None,
     ) -> torch.Tensor:
         """
         Attend from the tokens of a scale to them and to the history, and store what the next scale will need.
@@ -72,6 +72,8 @@ class Cache(ABC):
             projection (`torch.Tensor`, *optional*):
                 Projections of the queries before bias, normalisation and rotation, `[rows, heads, n_k, head_dim]`, for
                 caches with `wants_projection`.
+            backend (`AttentionBackendName`, *optional*):
+                The diffusers attention backend; by default the one that is active in the process.
 
         Returns:
             `torch.Tensor`: `[rows, heads, n_k, head_dim]`.
@@ -80,9 +82,8 @@ class Cache(ABC):
             `ValueError`: if the number of tokens is not that of the scale that the layer is at.
         """
         step = self._step_of(layer_idx, key.shape[2])
-        self._projection = projection
-        output, attended = self._attend(layer_idx, step, query, key, value, scale)
-        self._projection = None
+        call = AttentionCall(scale, backend, projection)
+        output, attended = self._attend(layer_idx, step, query, key, value, call)
         self.seen_tokens[layer_idx] += key.shape[2]
         self.itemsize = value.element_size()
         if self._meter is None:
@@ -113,7 +114,13 @@ class Cache(ABC):
 
     @abstractmethod
     def _attend(
-        self, layer_idx: int, step: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer_idx: int,
+        step: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
     ) -> tuple[torch.Tensor, int]:
         """Output, and how many keys a query saw, summed over the heads."""
 
@@ -155,9 +162,9 @@ class FullCache(Cache):
         self.values[layer_idx] = None if last else value
         return key, value
 
-    def _attend(self, layer_idx, step, query, key, value, scale):
+    def _attend(self, layer_idx, step, query, key, value, call):
         key, value = self.update(key, value, layer_idx, last=step == len(self.schedule) - 1)
-        return attention(query, key, value, scale), key.shape[1] * key.shape[2]
+        return attention(query, key, value, call.scale, backend=call.backend), key.shape[1] * key.shape[2]
 
     def _tensors(self, layer_idx):
         return (tensor for tensor in (self.keys[layer_idx], self.values[layer_idx]) if tensor is not None)

@@ -7,7 +7,7 @@ import torch
 
 from ..methods.base import Method, Plan, Ranking, StepView
 from ..methods.selection import count_before, top
-from .attention import attention
+from .attention import AttentionCall, attention
 from .cache import Cache, joined
 from .storage import PlainStorage, Planes, Storage
 
@@ -110,7 +110,7 @@ class HeadGroupCache(Cache):
         super().reset()
         self.layer_plans = list(self.plan.layers)
         self.groups: list[list[HeadGroup]] = [[] for _ in range(self.num_layers)]
-        self._tables = dict(self.plan.tables)
+        self._tables: dict[torch.device, dict[str, torch.Tensor]] = {}
         self._non_finite: dict[torch.device, torch.Tensor] = {}
 
     def _tensors(self, layer_idx):
@@ -121,26 +121,26 @@ class HeadGroupCache(Cache):
             held = group.held
             yield from (*held.key[1:], *held.value[1:], *held.ids, *held.carried)
 
-    def _attend(self, layer_idx, step, query, key, value, scale):
+    def _attend(self, layer_idx, step, query, key, value, call):
         current = query, key, value
         if not self.groups[layer_idx]:
             self.groups[layer_idx] = [self._whole(layer_idx, key, value)]
-            # A layer that lives on another device brings them there.
-            self._tables = {name: table.to(key.device) for name, table in self._tables.items()}
+            if key.device not in self._tables:
+                self._tables[key.device] = {name: table.to(key.device) for name, table in self.plan.tables.items()}
         if self.method.plans_by_row:
-            self._replan(layer_idx, step, current, scale)
+            self._replan(layer_idx, step, current, call)
         groups = self.groups[layer_idx] = self._split(layer_idx, step)
         plan = self.layer_plans[layer_idx]
         lengths = list(zip(groups, plan.attend[step], plan.store[step]))
         if len(groups) == 1:
             _, attend, store = lengths[0]
-            output = self._attend_group(layer_idx, step, groups[0], current, scale, attend, store)
+            output = self._attend_group(layer_idx, step, groups[0], current, call, attend, store)
         else:
             output = torch.empty_like(query)
             for group, attend, store in lengths:
                 # A name for what is copied would keep it alive through the next group's attention.
                 output.index_copy_(
-                    1, group.index, self._attend_group(layer_idx, step, group, current, scale, attend, store)
+                    1, group.index, self._attend_group(layer_idx, step, group, current, call, attend, store)
                 )
         if step == len(self.schedule) - 1:
             self.groups[layer_idx] = []
@@ -156,13 +156,13 @@ class HeadGroupCache(Cache):
         held = Held(*(self.storage.encode(part[:, :, :0]) for part in (key, value)))
         return HeadGroup(heads, label, torch.tensor(heads, device=key.device), held)
 
-    def _replan(self, layer_idx: int, step: int, current: tuple[torch.Tensor, ...], scale: float):
+    def _replan(self, layer_idx: int, step: int, current: tuple[torch.Tensor, ...], call: AttentionCall):
         """Let a method that looks at the heads first change what is planned for them, while they are still together."""
         groups = self.groups[layer_idx]
         if len(groups) > 1:
             return
         plan = self.layer_plans[layer_idx]
-        view = self._view(layer_idx, step, groups[0], current, scale, plan.attend[step][0], plan.store[step][0])
+        view = self._view(layer_idx, step, groups[0], current, call, plan.attend[step][0], plan.store[step][0])
         changed = self.method.replan(view, plan)
         if changed is not None:
             self.layer_plans[layer_idx] = changed
@@ -189,13 +189,13 @@ class HeadGroupCache(Cache):
         step: int,
         group: HeadGroup,
         current: tuple[torch.Tensor, ...],
-        scale: float,
+        call: AttentionCall,
         attend: int,
         store: int,
     ) -> StepView:
         """What the method is shown of a group; `current` are its own queries, keys and values."""
         query, key, value = current
-        held, dtype, projection = group.held, value.dtype, self._projection
+        held, dtype, projection = group.held, value.dtype, call.projection
         if projection is not None and len(group.heads) < projection.shape[1]:
             projection = projection.index_select(1, group.index)
         return StepView(
@@ -212,11 +212,14 @@ class HeadGroupCache(Cache):
             stored_value=self.storage.decode(held.value, dtype),
             attend=attend,
             store=store,
-            scale=scale,
+            scale=call.scale,
             guided=self.guided,
             stored_ids=held.ids[0].squeeze(-1) if held.ids else None,
             stored_carried=held.carried[0].squeeze(-1) if held.carried else None,
-            tables={name: table[layer_idx].index_select(0, group.index) for name, table in self._tables.items()},
+            tables={
+                name: table[layer_idx].index_select(0, group.index)
+                for name, table in self._tables[query.device].items()
+            },
             projection=projection,
         )
 
@@ -226,7 +229,7 @@ class HeadGroupCache(Cache):
         step: int,
         group: HeadGroup,
         current: tuple[torch.Tensor, ...],
-        scale: float,
+        call: AttentionCall,
         attend: int,
         store: int,
     ) -> torch.Tensor:
@@ -234,11 +237,11 @@ class HeadGroupCache(Cache):
         if len(group.heads) < current[0].shape[1]:
             current = tuple(part.index_select(1, group.index) for part in current)
         query = current[0]
-        view = self._view(layer_idx, step, group, current, scale, attend, store)
+        view = self._view(layer_idx, step, group, current, call, attend, store)
         seen, group.held = self._selected(view, group.held)
         # These are the last to hold the old history and copies of the current tokens: attention runs without them.
         del view, current
-        return attention(query, *seen, scale)
+        return attention(query, *seen, call.scale, backend=call.backend)
 
     def _selected(self, view: StepView, held: Held) -> tuple[KeyValue, Held]:
         """Keys and values that a group attends to, and what it holds afterwards."""

@@ -41,9 +41,9 @@ class RecordingCache(FullCache):
         self.statistics: dict[str, torch.Tensor] = {}
         self.dtype: torch.dtype | None = None
 
-    def _attend(self, layer_idx, step, query, key, value, scale):
-        self._record(layer_idx, step, query, key, value, scale)
-        return super()._attend(layer_idx, step, query, key, value, scale)
+    def _attend(self, layer_idx, step, query, key, value, call):
+        self._record(layer_idx, step, query, key, value, call.scale)
+        return super()._attend(layer_idx, step, query, key, value, call)
 
     @torch.no_grad()
     def _record(

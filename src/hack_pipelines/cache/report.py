@@ -97,7 +97,7 @@ class CacheMeter:
     images: int
     layer_tokens: list[float] = field(init=False)
     layer_bytes: list[tuple[int, int]] = field(init=False)
-    layer_storages: list[dict[int, int]] = field(init=False)
+    layer_storages: list[dict[tuple[torch.device, int], int]] = field(init=False)
     boundaries: list[tuple[float, int, int, int]] = field(init=False, default_factory=list)
     held_tokens: float = field(init=False, default=0)
     checkpoint_peak: float = field(init=False, default=0)
@@ -141,7 +141,7 @@ class CacheMeter:
         tensors, beside = list(tensors), list(metadata)
         held = [*tensors, *beside, *condition]
         self.layer_storages[layer] = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held
+            (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes() for tensor in held
         }
         # Keys and values hold the same tokens.
         self.hold(layer, sum(tensor.shape[:3].numel() for tensor in tensors) / 2 / self.rows)

@@ -42,15 +42,13 @@ class RowwiseCache(Cache):
         super().reset()
         self.rows: list[Cache] = []
 
-    def _attend(self, layer_idx, step, query, key, value, scale):
+    def _attend(self, layer_idx, step, query, key, value, call):
         if not self.rows:
             self.rows = [self.make_cache() for _ in range(len(query))]
         outputs, attended = [], 0
         for index, cache in enumerate(self.rows):
             own = slice(index, index + 1)
-            cache._projection = None if self._projection is None else self._projection[own]
-            output, count = cache._attend(layer_idx, step, query[own], key[own], value[own], scale)
-            cache._projection = None
+            output, count = cache._attend(layer_idx, step, query[own], key[own], value[own], call.of_rows(own))
             outputs.append(output)
             attended += count
         return torch.cat(outputs), attended / len(self.rows)

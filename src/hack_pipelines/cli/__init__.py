@@ -1,6 +1,7 @@
 """The command line `hack-pipelines`, one file a subcommand."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,20 +24,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             What comes after the program's name; that of the process by default.
 
     Returns:
-        `int`: exit status: 0, 2 after bad input, 130 after an interrupt.
+        `int`: exit status: what the subcommand returned or 0, 2 after bad input, 130 after an interrupt.
     """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        status = args.run(args)
     except KeyboardInterrupt:
-        print("hack-pipelines: interrupted", file=sys.stderr)
+        print(f"{program()}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, TypeError, OSError, MemoryError) as error:
         if args.debug:
             raise
-        print(f"hack-pipelines: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program()}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    return 0
+    return status or 0
+
+
+def program() -> str:
+    """The program's name before a message, with the number of the process where a launcher has started several."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return f"hack-pipelines, process {os.environ.get('RANK', 0)} of {processes}" if processes > 1 else "hack-pipelines"
 
 
 def build_parser() -> argparse.ArgumentParser:

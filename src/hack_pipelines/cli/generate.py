@@ -1,14 +1,23 @@
 """`hack-pipelines generate`: pictures of prompts or classes."""
 
 import argparse
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
+from ..distributed import PictureFolder, Worker, fingerprint, split_work
 from .options import (
+    COMMON_ARGUMENTS,
+    DTYPES,
+    FAMILIES,
     Family,
     add_model_arguments,
     add_prompts_file_argument,
+    check_device_map,
     check_method,
+    choose_device,
     family_of,
     load_pipeline,
     parse_budget,
@@ -17,10 +26,11 @@ from .options import (
     read_prompts_file,
     seeded,
 )
-from .output import PictureWriter, in_parts
+from .output import PictureWriter, check_folder, in_parts
 
 
 if TYPE_CHECKING:
+    from ..cache.report import CacheReport
     from ..pipelines import HackVARPipelineOutput
 
 
@@ -65,7 +75,11 @@ def add_output_arguments(parser: argparse.ArgumentParser):
         help="file; several pictures make a sheet (default: out.png)",
     )
     output.add_argument(
-        "--output-dir", type=Path, metavar="FOLDER", help="one file a picture, named by prompt or class and seed"
+        "--output-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="one file a picture with its record; what is there already is not drawn again, and several processes of "
+        "`torchrun` or `accelerate launch` share the work",
     )
 
 
@@ -125,8 +139,22 @@ def add_class_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     """Draw the pictures, batch by batch."""
     check_method(args.method, args.kv_budget, args.attention_budget, args.kv_dtype)
+    check_device_map(args)
     texts = args.inputs + (args.classes or []) + read_prompts_file(args.prompts_file)
-    with PictureWriter(args.output, args.output_dir) as writer:
+    if args.output_dir is None:
+        draw_file(args, texts)
+    else:
+        draw_folder(args, texts)
+
+
+def draw_file(args: argparse.Namespace, texts: list[str]):
+    """Draw all pictures into one file."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise ValueError(
+            f"{processes} processes were started, which cannot write one file together: give `--output-dir FOLDER`."
+        )
+    with PictureWriter(args.output) as writer:
         family = family_of(load_pipeline(args))
         arguments = family.call_arguments(args)
         entries = choose_inputs(family, texts, args)
@@ -136,6 +164,103 @@ def run(args: argparse.Namespace):
             for (seed, entry), image in zip(batch, output.images):
                 writer.add(image, family.name(entry), seed)
     print(f"cache per picture: {output.cache_report}")
+
+
+def draw_folder(args: argparse.Namespace, texts: list[str]):
+    """Draw what a folder lacks, as one of perhaps several processes that share the work."""
+    check_folder(args.output_dir)
+    # Without any, each seed draws a class.
+    given: list[str | None] = [*texts] or [None]
+    typed = [text for text in given for _ in range(args.num_images)]
+    folder = PictureFolder(args.output_dir, typed, args.batch_size, args.seed)
+    device = choose_device(args.device)
+    folder.start(picture_settings(args, device))
+    worker, batches = split_work(folder.unfinished_batches(), device)
+    report = draw_batches(folder, batches, worker, args, texts) if batches else None
+    missing = folder.write_manifest()
+    if not worker.is_main:
+        return
+    total = len(typed)
+    if missing:
+        print(
+            f"{folder.path}: {total - missing} of {total} pictures. Other processes draw the rest and write "
+            f"{folder.manifest.name} at the end; if one was stopped, the same command draws what is missing"
+        )
+    else:
+        print(f"{folder.path}: {total} pictures, listed in {folder.manifest.name}")
+    if report is not None:
+        print(f"cache per picture: {report}")
+
+
+def picture_settings(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """What pictures depend on besides their inputs and seeds, as far as it is known before the model is loaded."""
+    from ..hub import locate
+
+    options = (*COMMON_ARGUMENTS, *(name for family in FAMILIES.values() for name in family.arguments))
+    return {
+        "model": args.model,
+        "variant": args.variant,
+        "fingerprint": fingerprint(locate(args.model, args.variant).folder),
+        "head_profile": args.head_profile,
+        "dtype": args.dtype or "fp32",
+        "device": device,
+        **{name: getattr(args, name) for name in options},
+    }
+
+
+def draw_batches(
+    folder: PictureFolder, batches: list[range], worker: Worker, args: argparse.Namespace, texts: list[str]
+) -> "CacheReport":
+    """Draw some batches, save those of their pictures that are missing, and tell what the cache held."""
+    from tqdm import tqdm
+
+    family = family_of(load_pipeline(args, worker.device))
+    family.pipe.set_progress_bar_config(disable=True)
+    arguments = family.call_arguments(args)
+    entries = choose_inputs(family, texts, args)
+    common = common_record(family, arguments, args, worker.device)
+    # None shows the bar on terminals only.
+    for batch in tqdm(batches, desc="Drawing", unit="batch", disable=None if worker.is_main else True):
+        output = draw(family, arguments, [(args.seed + index, entries[index]) for index in batch])
+        images: Any = output.images
+        for index in folder.missing(batch):
+            name = family.name(entries[index])
+            record = {
+                family.input_name: entries[index],
+                "name": name,
+                "batch": [batch.start, batch.stop],
+                **common,
+                "cache": asdict(output.cache_report),
+            }
+            folder.save(index, name, images[index - batch.start], record)
+    return output.cache_report
+
+
+def common_record(family: Family, arguments: dict[str, Any], args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """What the records of all pictures of a process share."""
+    import diffusers
+    import torch
+    import transformers
+
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "settings": family.resolved(arguments),
+        "model": {
+            "name": args.model,
+            "variant": args.variant,
+            "fingerprint": fingerprint(Path(family.pipe.config["_name_or_path"])),
+            "head_profile": args.head_profile,
+            "dtype": DTYPES[args.dtype or "fp32"],
+        },
+        "device": torch.cuda.get_device_name(device) if on_gpu else device,
+        "threads": torch.get_num_threads(),
+        "software": {
+            "hack_pipelines": __version__,
+            "torch": str(torch.__version__),
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
 def choose_inputs(family: Family, texts: list[str], args: argparse.Namespace) -> list[int | str]:

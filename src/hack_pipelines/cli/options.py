@@ -1,10 +1,12 @@
 """Arguments that several subcommands share, and what they stand for."""
 
 import argparse
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEVICES = ("auto", "cpu", "cuda")
+DEVICE_MAPS = ("balanced",)
 NULL_CLASS = -1
 
 
@@ -73,6 +76,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, head_profile: bool = Tr
     group.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: fp32)")
     group.add_argument(
         "--device", choices=DEVICES, default="auto", help="auto (default) takes a GPU where there is one"
+    )
+    group.add_argument(
+        "--device-map",
+        choices=DEVICE_MAPS,
+        help="spread the parts of the model over all GPUs of the machine, for models larger than one",
     )
     if head_profile:
         group.add_argument(
@@ -131,22 +139,57 @@ def choose_device(name: str) -> str:
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 
-def load_pipeline(args: argparse.Namespace) -> "HackVARPipeline":
-    """The pipeline that [`add_model_arguments`] describes, on its device. Progress bars show on terminals only."""
+def check_device_map(args: argparse.Namespace):
+    """
+    Refuse a device map that cannot be meant.
+
+    Raises:
+        `ValueError`: if a device is given as well, or several processes would each spread over the same GPUs.
+    """
+    if args.device_map is None:
+        return
+    if args.device != "auto":
+        raise ValueError(
+            f"`--device-map {args.device_map}` chooses the devices itself: leave out `--device {args.device}`."
+        )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1:
+        raise ValueError(
+            f"`--device-map {args.device_map}` spreads one model over all GPUs of a machine, but {processes} processes were "
+            "started on this one: start one on each machine, or leave out `--device-map`."
+        )
+
+
+def load_pipeline(args: argparse.Namespace, device: str | None = None) -> "HackVARPipeline":
+    """
+    The pipeline that [`add_model_arguments`] describes. Progress bars show on terminals only.
+
+    Args:
+        args (`argparse.Namespace`):
+            What was typed.
+        device (`str`, *optional*):
+            Where it goes; by default what `--device` says. A device map goes its own ways.
+    """
     import diffusers.utils.logging
     import transformers.utils.logging
 
     from ..pipelines import HackVARPipeline
 
-    device = choose_device(args.device)
+    check_device_map(args)
+    device = device or choose_device(args.device)
+    device_map = {} if args.device_map is None else {"device_map": args.device_map}
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     pipe = HackVARPipeline.from_pretrained(
-        args.model, args.variant, torch_dtype(args.dtype), head_profile=getattr(args, "head_profile", None)
+        args.model,
+        args.variant,
+        torch_dtype(args.dtype),
+        head_profile=getattr(args, "head_profile", None),
+        **device_map,
     )
     pipe.set_progress_bar_config(disable=None, leave=False)
-    return pipe.to(device)
+    return pipe if device_map else pipe.to(device)
 
 
 def check_method(
@@ -194,6 +237,8 @@ class Family(ABC):
     """The family in a message."""
     plural: ClassVar[str]
     """What its pictures are made of."""
+    input_name: ClassVar[str]
+    """What an input is called in a picture's record."""
     example: ClassVar[str]
     """What a command that draws needs at least, as it is typed."""
     options: ClassVar[dict[str, str]]
@@ -232,12 +277,30 @@ class Family(ABC):
         given = {name: getattr(args, name) for name in (*COMMON_ARGUMENTS, *self.arguments)}
         return {name: value for name, value in given.items() if value is not None}
 
+    def resolved(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What a call with some keyword arguments does, with the model's own values for all that was not given."""
+        from ..methods import get_method
+        from ..schedule import Schedule
+
+        sampling = {name: arguments[name] for name in SAMPLING_ARGUMENTS if name in arguments}
+        sizes = arguments.get("scale_schedule", self.pipe.schedule.sizes)
+        if "scale_schedule" in arguments:
+            sampling["schedule"] = Schedule(sizes)
+        return {
+            **{name: arguments.get(name) for name in ("kv_budget", "attention_budget", "kv_dtype")},
+            "method": repr(get_method(arguments["method"])),
+            "sampling": asdict(self.pipe.prepare_settings(**sampling)),
+            "negative_prompt": arguments.get("negative_prompt"),
+            "scale_schedule": sizes,
+        }
+
 
 class ClassFamily(Family):
     """Pictures of classes."""
 
     kind = "class-conditional"
     plural = "classes"
+    input_name = "class_label"
     example = "0"
     options = {"classes": "--class", "more_smooth": "--more-smooth"}
     arguments = ("more_smooth",)
@@ -265,6 +328,7 @@ class TextFamily(Family):
 
     kind = "text-to-image"
     plural = "prompts"
+    input_name = "prompt"
     example = '"a lighthouse in a storm"'
     options = {"negative_prompt": "--negative-prompt", "height": "--height", "width": "--width"}
     arguments = ("negative_prompt", "height", "width")
@@ -291,6 +355,7 @@ class TextFamily(Family):
         return " ".join(str(entry).split()) or "no text"
 
 
+SAMPLING_ARGUMENTS = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth")
 COMMON_ARGUMENTS = (
     "guidance_scale",
     "temperature",

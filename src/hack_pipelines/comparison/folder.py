@@ -1,8 +1,6 @@
 """What a comparison leaves behind: a folder with two files a run, from which all tables and pictures are made."""
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,8 @@ from urllib.parse import quote
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from ..result_folder import ResultFolder, replace_file, write_json
 
 
 FULL = "full"
@@ -42,19 +42,17 @@ FULL_RUN = Run(FULL)
 
 
 @dataclass(frozen=True)
-class ComparisonFolder:
+class ComparisonFolder(ResultFolder):
     """
-    The files of a comparison. Processes may share a folder: every file appears under its name when it is complete, and
-    a run's `.json` after its `.safetensors`, so that what is there can be read.
+    The files of a comparison. A run's `.json` appears after its `.safetensors`, so that what is there can be read.
 
     Args:
         path (`Path`):
             The folder; it and `runs/` in it are made where they are missing.
     """
 
-    path: Path
-
     def __post_init__(self):
+        super().__post_init__()
         self.runs.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -62,25 +60,8 @@ class ComparisonFolder:
         """Where the files of the runs lie."""
         return self.path / "runs"
 
-    def check_settings(self, settings: dict[str, Any]):
-        """
-        Note with which settings the runs are measured.
-
-        Raises:
-            `ValueError`: if there are runs with others; the message names the first difference.
-        """
-        path = self.path / "settings.json"
-        text = json.dumps(settings, indent=2) + "\n"
-        if not path.exists():
-            replace_file(path, lambda new: new.write_text(text, encoding="utf-8"))
-            return
-        earlier, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        for name in (*wanted, *earlier):
-            if earlier.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"{self.path} holds runs with other settings: {name} was {shortened(earlier.get(name))} and is now "
-                    f"{shortened(wanted.get(name))}. Name another folder, or remove this one."
-                )
+    def has_results(self) -> bool:
+        return any(self.runs.glob("*.json"))
 
     def save(self, run: Run, row: dict[str, Any], tensors: dict[str, torch.Tensor]):
         """Keep what a run has measured, and its figures of every image."""
@@ -115,8 +96,7 @@ class ComparisonFolder:
             return file.get_slice(name)[:count]
 
     def _save_row(self, run: Run, row: dict[str, Any]):
-        text = json.dumps(row, indent=1) + "\n"
-        replace_file(self.runs / f"{run.name}.json", lambda new: new.write_text(text, encoding="utf-8"))
+        write_json(self.runs / f"{run.name}.json", row)
 
     def _entries(self) -> list[dict[str, Any]]:
         return [read_row(path) for path in sorted(self.runs.glob("*.json"))]
@@ -125,19 +105,3 @@ class ComparisonFolder:
 def read_row(path: Path) -> dict[str, Any]:
     """What a run has measured."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]):
-    """Write a file elsewhere and move it to its name when it is complete, so that nobody reads half of it."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(new)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def shortened(value: Any) -> str:
-    """A setting in a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

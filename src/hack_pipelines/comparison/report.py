@@ -2,7 +2,8 @@
 
 import sys
 
-from .folder import FULL, ComparisonFolder, replace_file
+from ..result_folder import replace_file
+from .folder import FULL, ComparisonFolder
 from .plot import can_plot, quality_plot
 from .sheet import picture_sheet
 from .table import csv_text, markdown_text, ordered

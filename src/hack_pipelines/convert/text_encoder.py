@@ -35,7 +35,8 @@ def load_text_encoder(name: str | Path, text_channels: int, dtype: torch.dtype) 
         `ConnectionError`: if it is on the Hub, which cannot be reached, and not in the cache.
     """
     # Fetching needs the converter, so that can only ask for it once it is there.
-    from ..hub.checks import TRANSFORMERS_WEIGHTS_NAME, read_json, stored_shapes
+    from ..hub.checks import TRANSFORMERS_WEIGHTS_NAME, stored_shapes
+    from ..hub.files import read_json
     from ..hub.sources import text_encoder_folder
 
     folder = text_encoder_folder(name)

@@ -178,8 +178,7 @@ def nll_through(
     schedule = pipe.schedule
     condition = pipe.encode_inputs(inputs, guided=False)
     batch = tokens.to(condition.device)
-    size = pipe.vae.latent_size(schedule.sizes[-1])
-    latents = torch.zeros(len(batch), pipe.vae.config["latent_channels"], *size, device=batch.device)
+    latents = pipe.prepare_latents(len(batch), schedule)
     scale_input, total = None, torch.zeros(len(batch), dtype=torch.float64)
     for step, true_tokens in enumerate(batch.split(schedule.lengths, dim=1)):
         logits = pipe.predict(step, scale_input, condition, cache)

@@ -1,9 +1,7 @@
 """Whether a folder in diffusers layout is whole, told from headers before any weight is read."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -14,6 +12,7 @@ from ..models.autoencoder_bsq import MultiScaleBSQModel
 from ..models.autoencoder_msvq import MultiScaleVQModel
 from ..models.transformer_infinity import InfinityTransformer2DModel
 from ..models.transformer_var import VARTransformer2DModel
+from .files import DOWNLOAD_AGAIN, read_json
 
 
 # Modules whose classes a model_index.json may name: diffusers imports what it names.
@@ -126,7 +125,9 @@ def stored_shapes(
     stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
-            raise ValueError(f"{folder} has no {file}, which {index_path.name} names: the download is incomplete.")
+            raise ValueError(
+                f"{folder} has no {file}, which {index_path.name} names: the download is incomplete, {DOWNLOAD_AGAIN}."
+            )
         stored.update(read_header(folder / file))
     for name, file in weight_map.items():
         if name not in stored or stored[name][0].name != file:
@@ -141,20 +142,7 @@ def read_header(path: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: (path, tuple(entry.get_shape()), entry.get_dtype()) for name, entry in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}): download it again.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it must hold a JSON object.")
-    return content
+        raise ValueError(f"{path} is cut short or damaged ({error}): {DOWNLOAD_AGAIN}.") from error
 
 
 def weights_name(variant: str | None, stem: str = WEIGHTS_NAME) -> str:

@@ -8,20 +8,35 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
+from .client import asked_wait, http_error
+
+
+FORBIDDEN = (401, 403)
+TOO_MANY = 429
+
 
 @contextmanager
-def explained(name: str, revision: str | None) -> Iterator[None]:
+def explained(name: str, revision: str | None, act: str = "read") -> Iterator[None]:
     """
     Raise what goes wrong on the way to the Hub with what to do about it.
 
+    Args:
+        name (`str`):
+            The repo.
+        revision (`str`, *optional*):
+            Its revision.
+        act (`str`, *optional*, defaults to `"read"`):
+            What a token must allow, `"read"` or `"write to"`.
+
     Raises:
-        `ValueError`: if there is no such repo, revision or file.
+        `ValueError`: if there is no such repo, revision or file, or it may not be read or written to.
         `ConnectionError`: if the Hub cannot be reached, or must not be, and the cache does not have the files.
     """
     at = "" if revision is None else f" at revision {revision!r}"
@@ -45,6 +60,9 @@ def explained(name: str, revision: str | None) -> Iterator[None]:
             f"The Hub repo {name!r} has no revision {revision!r}: give a branch, tag or commit of it."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        cause = http_error(error)
+        if isinstance(cause, HfHubHTTPError):
+            raise ConnectionError(f"{name!r}{at} is not in the cache. {status_text(cause)}") from error
         raise ConnectionError(
             f"{name!r}{at} is no folder here and not, or not completely, in the cache, and the Hub was not asked or not "
             "reached: connect, or unset HF_HUB_OFFLINE and `local_files_only`."
@@ -52,7 +70,30 @@ def explained(name: str, revision: str | None) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise ValueError(f"The Hub repo {name!r}{at} lacks a file that is needed: {one_line(error)}") from error
     except HfHubHTTPError as error:
-        raise ConnectionError(f"The Hub did not give {name!r}{at}: {one_line(error)}") from error
+        if error.response.status_code in FORBIDDEN:
+            raise ValueError(
+                f"The Hub does not let you {act} {name!r}: log in with `hf auth login`, or give a `token` that may."
+            ) from error
+        raise ConnectionError(f"The Hub did not answer for {name!r}{at}. {status_text(error)}") from error
+    except HTTPError as error:
+        raise ConnectionError(
+            f"The connection to the Hub was lost over {name!r}{at} ({one_line(error)}): call again, what is complete is kept."
+        ) from error
+
+
+def status_text(error: HfHubHTTPError) -> str:
+    """What a status means, and what to do."""
+    status = error.response.status_code
+    asked = asked_wait(error.response.headers)
+    later = "later" if asked is None else f"in {asked:g} seconds"
+    if status == TOO_MANY:
+        return (
+            f"It got too many requests from here (429): try again {later}, and log in with `hf auth login`, which raises "
+            "the limit."
+        )
+    if status >= 500:
+        return f"It has trouble of its own ({status}): try again {later}, or see https://status.huggingface.co."
+    return one_line(error)
 
 
 def one_line(error: Exception) -> str:

@@ -32,12 +32,15 @@ class OriginalRepo:
             Its name on the Hub.
         models (`dict[str, OriginalModel]`):
             What it holds, by variant.
+        license (`str`):
+            Of the weights, as the authors' code and model card name it.
         text_encoder (`str`, *optional*):
             Hub repo of the text encoder that all of its models were trained with.
     """
 
     name: str
     models: dict[str, OriginalModel]
+    license: str
     text_encoder: str | None = None
 
 
@@ -48,6 +51,7 @@ ORIGINAL_REPOS = (
             variant: OriginalModel(f"var_{variant}.pth", "vae_ch160v4096z32.pth")
             for variant in ("d16", "d20", "d24", "d30", "d36")
         },
+        license="mit",
     ),
     OriginalRepo(
         name="FoundationVision/Infinity",
@@ -56,6 +60,7 @@ ORIGINAL_REPOS = (
             "8b": OriginalModel("infinity_8b_weights/", "infinity_vae_d56_f8_14_patchify.pth", "1M"),
             "8b-512": OriginalModel("infinity_8b_512x512_weights/", "infinity_vae_d56_f8_14_patchify.pth", "0.25M"),
         },
+        license="mit",
         text_encoder="google/flan-t5-xl",
     ),
 )

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
 from ..convert import convert_original
 from ..convert.original import INDEXES, find_index, read_weight_map
 from ..models.infinity_schedules import template_schedule
+from .client import download, snapshot
 from .errors import explained
 from .originals import OriginalModel, OriginalRepo, original_repo
 
@@ -47,10 +48,16 @@ class Source:
             Where it is.
         variant (`str`, *optional*):
             Variant of its weight files.
+        original (`OriginalRepo`, *optional*):
+            Repo whose files were converted.
+        original_variant (`str`, *optional*):
+            Which of its models.
     """
 
     folder: Path
     variant: str | None = None
+    original: OriginalRepo | None = None
+    original_variant: str | None = None
 
 
 def locate(
@@ -107,7 +114,7 @@ def locate(
     }
     repo = original_repo(name)
     if repo is not None:
-        return Source(converted_folder(repo, variant, options))
+        return Source(converted_folder(repo, variant, options), None, repo, variant)
     return Source(downloaded_folder(name, variant, options), variant)
 
 
@@ -149,11 +156,6 @@ def downloaded_folder(name: str, variant: str | None, options: dict[str, Any]) -
     return folder
 
 
-def snapshot(name: str, allowed: list[str], ignored: list[str], options: dict[str, Any]) -> Path:
-    """Files of one commit of a Hub repo, in the cache of the Hub's client; the folder is named after the commit."""
-    return Path(snapshot_download(name, allow_patterns=allowed, ignore_patterns=ignored or None, **options))
-
-
 def converted_folder(repo: OriginalRepo, variant: str | None, options: dict[str, Any]) -> Path:
     """An original model in diffusers layout: converted at the first call, found in the cache at later ones."""
     if variant not in repo.models:
@@ -189,7 +191,7 @@ def converted_folder(repo: OriginalRepo, variant: str | None, options: dict[str,
 def original_files(name: str, model: OriginalModel, options: dict[str, Any]) -> tuple[Path, Path]:
     """Transformer and image tokenizer of an original repo, in the cache of the Hub's client."""
     if not model.transformer.endswith("/"):
-        transformer = Path(hf_hub_download(name, model.transformer, **options))
+        transformer = download(name, model.transformer, options)
     else:
         part = model.transformer
         transformer = snapshot(name, [f"{part}{pattern}" for pattern, _ in INDEXES], [], options) / part
@@ -202,7 +204,7 @@ def original_files(name: str, model: OriginalModel, options: dict[str, Any]) -> 
             )
         shards = sorted(set(read_weight_map(*found).values()))
         snapshot(name, [f"{part}{shard}" for shard in shards], [], options)
-    return transformer, Path(hf_hub_download(name, model.tokenizer, **options))
+    return transformer, download(name, model.tokenizer, options)
 
 
 def text_encoder_folder(name: str | Path, options: dict[str, Any] | None = None) -> Path:

@@ -4,25 +4,21 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, Encoder
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..schedule import Schedule
-from .tiling import decode_in_tiles
+from .tiling import PiecewiseDecoder
 
 
 # A token covers a square of so many latent positions a side when the latent is patchified.
 PATCH_SIDE = 2
-# Image pixels per side of what is decoded at a time when tiling is on, and the share of it that the next tile repeats.
-TILE_PIXELS, TILE_OVERLAP = 512, 0.25
 
 
-class MultiScaleBSQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
+class MultiScaleBSQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
     """
     Image tokenizer of Infinity: an image becomes one map of bits per scale, each map coding the signs of what the coarser
     ones left over. A position with bits `b` stands for the vector `(2 b - 1) / sqrt(latent_channels)` of length 1.
-
-    `enable_slicing()` decodes one image of a batch at a time, `enable_tiling()` one square of 512 pixels at a time.
 
     Args:
         latent_channels (`int`, defaults to 32):
@@ -37,7 +33,10 @@ class MultiScaleBSQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             Whether a token of the transformer is a square of 2 x 2 latent positions, with four times as many bits.
     """
 
-    _no_split_modules = ["Encoder", "Decoder"]
+    _no_split_modules = ["ResnetBlock2D", "Attention"]
+    _supports_gradient_checkpointing = True
+    # Groups that are fetched when they are called themselves: `encode`, `accumulate` and `decode` do not call the model.
+    _group_offload_block_modules = ["encoder", "decoder"]
     _skip_layerwise_casting_patterns = ["norm", "conv_in"]
 
     @register_to_config
@@ -50,7 +49,6 @@ class MultiScaleBSQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         patchify: bool = False,
     ):
         super().__init__()
-        self.use_slicing = self.use_tiling = False
         levels = len(block_out_channels)
         self.encoder = Encoder(
             in_channels=3,
@@ -170,7 +168,7 @@ class MultiScaleBSQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             latents (`torch.Tensor`):
                 Running latent `[batch, latent_channels, height, width]` in float32, zeros before the first scale.
             codes (`torch.Tensor`):
-                Bits `[batch, n_k, bits_per_token]` of 0 and 1.
+                Bits `[batch, n_k, bits_per_token]` of 0 and 1; on the device of the transformer, which may be another one.
             step (`int`):
                 Index of the scale, from 0.
             schedule (`Schedule`):
@@ -178,40 +176,62 @@ class MultiScaleBSQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: the new running latent, and the next input
-            `[batch, n_(k+1), bits_per_token]`, or `None` after the last scale.
+            `[batch, n_(k+1), bits_per_token]` on the device of the codes, or `None` after the last scale.
         """
-        maps = self.codes(self.unpack(codes.bool(), schedule.sizes[step]))
+        maps = self.codes(self.unpack(codes.to(latents.device, torch.bool), schedule.sizes[step]))
         latents = latents + self.upsample(maps, step, schedule)
-        return latents, self.next_input(latents, step, schedule)
+        return latents, self.next_input(latents, step, schedule, codes.device)
 
-    def next_input(self, latents: torch.Tensor, step: int, schedule: Schedule) -> torch.Tensor | None:
-        """The running latent after scale `step`, resized to the next one, `[batch, n_(k+1), bits_per_token]`."""
+    def next_input(
+        self, latents: torch.Tensor, step: int, schedule: Schedule, device: torch.device | None = None
+    ) -> torch.Tensor | None:
+        """
+        The transformer's input for the scale after `step`.
+
+        Args:
+            latents (`torch.Tensor`):
+                Running latent `[batch, latent_channels, height, width]`, resized to the next scale.
+            step (`int`):
+                Index of the scale, from 0.
+            schedule (`Schedule`):
+                The scales.
+            device (`torch.device`, *optional*):
+                Where the transformer is; by default where the latent is.
+
+        Returns:
+            `torch.Tensor`: `[batch, n_(k+1), bits_per_token]`, or `None` after the last scale.
+        """
         if step == len(schedule) - 1:
             return None
-        return self.pack(resize(latents, self.latent_size(schedule.sizes[step + 1])))
-
-    @apply_forward_hook
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images `[batch, 3, height, width]` in [-1, 1] of latents, as [`~MultiScaleBSQModel.accumulate`] leaves them."""
-        parts = latents.split(1) if self.use_slicing else (latents,)
-        return torch.cat([self._decode(part) for part in parts])
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        tile = TILE_PIXELS // self.downscale_factor
-        if not self.use_tiling or max(latents.shape[2:]) <= tile:
-            return self._decode_whole(latents)
-        return decode_in_tiles(self._decode_whole, latents, self.downscale_factor, tile, round(tile * TILE_OVERLAP))
+        resized = self.pack(resize(latents, self.latent_size(schedule.sizes[step + 1])))
+        return resized.to(device or latents.device)
 
     def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder(latents.to(self.decoder.conv_in.weight.dtype)).clamp(-1, 1)
 
-    def forward(self, images: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-        """Images after a round trip through the bits, `[batch, 3, height, width]` in [-1, 1]."""
+    def forward(
+        self, images: torch.Tensor, schedule: Schedule, return_dict: bool = True
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """
+        Images after a round trip through the bits.
+
+        Args:
+            images (`torch.Tensor`):
+                `[batch, 3, height, width]` in [-1, 1].
+            schedule (`Schedule`):
+                The scales; the last one has the size of the latent.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`~diffusers.models.autoencoders.vae.DecoderOutput`] rather than a tuple.
+
+        Returns:
+            [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple`: images of the same shape in [-1, 1].
+        """
         features = self.encode(images)
         latents = torch.zeros_like(features)
         for step, tokens in enumerate(self.tokenize(features, schedule)):
             latents, _ = self.accumulate(latents, tokens, step, schedule)
-        return self.decode(latents)
+        decoded = self.decode(latents)
+        return DecoderOutput(sample=decoded) if return_dict else (decoded,)
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..schedule import Schedule
+from .tiling import PiecewiseDecoder
 
 
 class ResidualConv(nn.Conv2d):
@@ -23,12 +24,27 @@ class ResidualConv(nn.Conv2d):
         return hidden_states * (1 - self.ratio) + super().forward(hidden_states) * self.ratio
 
 
+class Codebook(nn.Embedding):
+    """The vectors of the codes. All that reads them goes through `forward`, where offload hooks have fetched them."""
+
+    def forward(self, codes: torch.Tensor, nearest: bool = False) -> torch.Tensor:
+        """
+        Vectors of ids, mixtures of vectors for weights over them `[..., vocab_size]`, or with `nearest` the ids `[rows]` of the
+        vectors nearest to `codes` `[rows, channels]`, the first one on a tie.
+        """
+        if nearest:
+            vectors = self.weight.float()
+            distances = codes.square().sum(1, keepdim=True) + vectors.square().sum(1)
+            return distances.addmm(codes, vectors.T, alpha=-2).argmin(1)
+        return codes @ self.weight.unsqueeze(0) if torch.is_floating_point(codes) else super().forward(codes)
+
+
 class MultiScaleVectorQuantizer(nn.Module):
     """A codebook shared by all scales, and a few residual convolutions that the scales share among themselves."""
 
     def __init__(self, vocab_size: int, channels: int, residual_ratio: float, num_residual_convs: int):
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, channels)
+        self.embedding = Codebook(vocab_size, channels)
         self.residual_convs = nn.ModuleList(
             [ResidualConv(channels, abs(residual_ratio)) for _ in range(num_residual_convs)]
         )
@@ -46,24 +62,18 @@ class MultiScaleVectorQuantizer(nn.Module):
         return self.residual_convs[int(np.argmin(np.abs(ticks - position)))]
 
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
-        """Ids `[rows]` of the codes nearest to `rows` `[rows, channels]`, the first one on a tie."""
-        codes = self.embedding.weight.float()
-        distances = rows.square().sum(1, keepdim=True) + codes.square().sum(1)
-        return distances.addmm(rows, codes.T, alpha=-2).argmin(1)
+        """Ids `[rows]` of the codes nearest to `rows` `[rows, channels]`."""
+        return self.embedding(rows, nearest=True)
 
     def upsample(self, codes: torch.Tensor, step: int, schedule: Schedule) -> torch.Tensor:
         """What a scale adds to the latent, `[batch, channels, height, width]` of the last scale."""
-        if torch.is_floating_point(codes):
-            rows = codes @ self.embedding.weight.unsqueeze(0)
-        else:
-            rows = self.embedding(codes)
-        maps = rows.transpose(1, 2).unflatten(2, schedule.sizes[step])
+        maps = self.embedding(codes).transpose(1, 2).unflatten(2, schedule.sizes[step])
         if step < len(schedule) - 1:
             maps = F.interpolate(maps, size=schedule.sizes[-1], mode="bicubic")
         return self.residual_conv(step, len(schedule))(maps.contiguous())
 
 
-class MultiScaleVQModel(ModelMixin, ConfigMixin):
+class MultiScaleVQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
     """
     Image tokenizer of VAR: an image becomes one map of codebook ids per scale, each map coding what the coarser ones
     left over.
@@ -86,8 +96,11 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
     """
 
     _keep_in_fp32_modules = ["quantizer"]
-    _no_split_modules = ["Encoder", "Decoder"]
-    _skip_layerwise_casting_patterns = ["quantizer", "norm"]
+    _no_split_modules = ["ResnetBlock2D", "Attention"]
+    _supports_gradient_checkpointing = True
+    # Groups that are fetched when they are called themselves: `encode`, `accumulate` and `decode` do not call the model.
+    _group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv", "quantizer", "embedding"]
+    _skip_layerwise_casting_patterns = ["quantizer", "quant_conv", "norm"]
 
     @register_to_config
     def __init__(
@@ -186,7 +199,8 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
             latents (`torch.Tensor`):
                 Running latent `[batch, latent_channels, height, width]` in float32, zeros before the first scale.
             codes (`torch.Tensor`):
-                Ids `[batch, n_k]`, or weights over the codebook `[batch, n_k, vocab_size]` for a soft mixture.
+                Ids `[batch, n_k]`, or weights over the codebook `[batch, n_k, vocab_size]` for a soft mixture; on the
+                device of the transformer, which may be another one.
             step (`int`):
                 Index of the scale, from 0.
             schedule (`Schedule`):
@@ -194,27 +208,58 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: the new running latent, and the next input
-            `[batch, n_(k+1), latent_channels]`, or `None` after the last scale.
+            `[batch, n_(k+1), latent_channels]` on the device of the codes, or `None` after the last scale.
         """
-        latents = latents + self.quantizer.upsample(codes, step, schedule)
-        return latents, self.next_input(latents, step, schedule)
+        latents = latents + self.quantizer.upsample(codes.to(latents.device), step, schedule)
+        return latents, self.next_input(latents, step, schedule, codes.device)
 
-    def next_input(self, latents: torch.Tensor, step: int, schedule: Schedule) -> torch.Tensor | None:
-        """The running latent after scale `step`, pooled to the next one, `[batch, n_(k+1), latent_channels]`."""
+    def next_input(
+        self, latents: torch.Tensor, step: int, schedule: Schedule, device: torch.device | None = None
+    ) -> torch.Tensor | None:
+        """
+        The transformer's input for the scale after `step`.
+
+        Args:
+            latents (`torch.Tensor`):
+                Running latent `[batch, latent_channels, height, width]`, pooled to the next scale.
+            step (`int`):
+                Index of the scale, from 0.
+            schedule (`Schedule`):
+                The scales.
+            device (`torch.device`, *optional*):
+                Where the transformer is; by default where the latent is.
+
+        Returns:
+            `torch.Tensor`: `[batch, n_(k+1), latent_channels]`, or `None` after the last scale.
+        """
         if step == len(schedule) - 1:
             return None
-        return F.interpolate(latents, size=schedule.sizes[step + 1], mode="area").flatten(2).transpose(1, 2)
+        pooled = F.interpolate(latents, size=schedule.sizes[step + 1], mode="area").flatten(2).transpose(1, 2)
+        return pooled.to(device or latents.device)
 
-    @apply_forward_hook
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images `[batch, 3, height, width]` in [-1, 1] of latents, as [`~MultiScaleVQModel.accumulate`] leaves them."""
-        hidden_states = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))
-        return self.decoder(hidden_states).clamp(-1, 1)
+    def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))).clamp(-1, 1)
 
-    def forward(self, images: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-        """Images after a round trip through the tokens, `[batch, 3, height, width]` in [-1, 1]."""
+    def forward(
+        self, images: torch.Tensor, schedule: Schedule, return_dict: bool = True
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """
+        Images after a round trip through the tokens.
+
+        Args:
+            images (`torch.Tensor`):
+                `[batch, 3, height, width]` in [-1, 1].
+            schedule (`Schedule`):
+                The scales; the last one has the size of the latent.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`~diffusers.models.autoencoders.vae.DecoderOutput`] rather than a tuple.
+
+        Returns:
+            [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple`: images of the same shape in [-1, 1].
+        """
         features = self.encode(images)
         latents = torch.zeros_like(features, dtype=torch.float32)
         for step, tokens in enumerate(self.tokenize(features, schedule)):
             latents, _ = self.accumulate(latents, tokens, step, schedule)
-        return self.decode(latents)
+        decoded = self.decode(latents)
+        return DecoderOutput(sample=decoded) if return_dict else (decoded,)

@@ -1,11 +1,19 @@
 """Layers that the transformers of both families are made of."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.utils import logging
 from torch import nn
 
 from ..cache.attention import attention
-from ..cache.cache import Cache
+from ..cache.operator import Handle
+
+
+logger = logging.get_logger(__name__)
 
 
 # exp of it is the largest temperature of a head; float32(ln 100), as the released weights were trained with.
@@ -46,13 +54,89 @@ def rotate(hidden_states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-class ScaleAttention(nn.Module):
+class BackendAttnProcessor:
+    """A way to compute attention that diffusers can tell a backend; without one it takes that which is active."""
+
+    _attention_backend: AttentionBackendName | None = None
+
+
+class FusedAttention(nn.Module, AttentionModuleMixin):
+    """
+    Attention whose projections are one layer from the start, as the released weights have them.
+
+    Args:
+        heads (`int`):
+            Heads.
+        processor (`BackendAttnProcessor`):
+            Computes it, see [`~FusedAttention.set_processor`].
+    """
+
+    _supports_qkv_fusion = False
+    fused_projections = True
+    processor: Any
+
+    def __init__(self, heads: int, processor: BackendAttnProcessor):
+        super().__init__()
+        self.heads = heads
+        self.processor = processor
+
+
+class FusedAttentionMixin(AttentionMixin):
+    """diffusers' switches for a model whose attention modules are [`FusedAttention`]."""
+
+    def fuse_qkv_projections(self):
+        """Nothing to do: queries, keys and values come from one layer already."""
+        logger.warning(f"{type(self).__name__} has one layer for queries, keys and values: they are fused already.")
+
+    def unfuse_qkv_projections(self):
+        """Refused: there are no separate layers to go back to."""
+        logger.warning(f"{type(self).__name__} has one layer for queries, keys and values, so they stay fused.")
+
+
+class ScaleAttnProcessor(BackendAttnProcessor):
+    """Self-attention to a scale and the scales before, which a cache holds, or to all scales under a mask."""
+
+    def __call__(
+        self,
+        attn: "ScaleAttention",
+        hidden_states: torch.Tensor,
+        kv_cache: Handle | None = None,
+        mask: torch.Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> torch.Tensor:
+        projected = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1))
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        if attn.log_scale is not None:
+            # In half precision the original takes the minimum in the parameter's dtype, which lowers the cap.
+            temperature = attn.log_scale.clamp_max(MAX_LOG_SCALE).float().exp()
+            query = F.normalize(query.float(), dim=-1) * temperature
+            key = F.normalize(key.float(), dim=-1)
+        if rotary is not None:
+            query, key = rotate(query.float(), rotary), rotate(key.float(), rotary)
+        # Attention reads one dtype, so this is what the cache holds: casting now or at every use gives the same bits.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        scale, backend = attn.logit_scale, self._attention_backend
+        if kv_cache is None:
+            attended = attention(query, key, value, scale, mask, backend).transpose(1, 2)
+        else:
+            projection = None
+            if kv_cache.wants_projection:
+                # Through the layer once more: its weights may be elsewhere outside of its own call.
+                bare = attn.to_qkv(hidden_states, with_bias=False).unflatten(-1, (3, attn.heads, -1))
+                projection = bare[:, :, 0].transpose(1, 2)
+            attended = kv_cache.attend(
+                attn.layer, query, key, value, scale=scale, projection=projection, backend=backend
+            )
+        return attn.to_out(attended.flatten(2))
+
+
+class ScaleAttention(FusedAttention):
     """Self-attention whose history lives in a cache, because what is kept of it is not the model's business."""
 
     def __init__(self, dim: int, heads: int, layer_idx: int, l2_norm: bool = True):
-        super().__init__()
-        self.heads = heads
-        self.layer_idx = layer_idx
+        super().__init__(heads, ScaleAttnProcessor())
+        # On the CPU wherever the module goes, and a tensor, so that all layers share their compiled code.
+        self.layer = torch.tensor(layer_idx, device="cpu")
         self.to_qkv = Linear(dim, 3 * dim)
         self.to_out = Linear(dim, dim)
         self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), 4.0).log()) if l2_norm else None
@@ -61,31 +145,11 @@ class ScaleAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        kv_cache: Cache | None = None,
+        kv_cache: Handle | None = None,
         mask: torch.Tensor | None = None,
         rotary: Rotary | None = None,
     ) -> torch.Tensor:
-        projected = self.to_qkv(hidden_states).unflatten(-1, (3, self.heads, -1))
-        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
-        extra = {}
-        if kv_cache is not None and kv_cache.wants_projection:
-            # Through the layer once more: its weights may be elsewhere outside of its own call.
-            bare = self.to_qkv(hidden_states, with_bias=False).unflatten(-1, (3, self.heads, -1))
-            extra["projection"] = bare[:, :, 0].transpose(1, 2)
-        if self.log_scale is not None:
-            # In half precision the original takes the minimum in the parameter's dtype, which lowers the cap.
-            temperature = self.log_scale.clamp_max(MAX_LOG_SCALE).float().exp()
-            query = F.normalize(query.float(), dim=-1) * temperature
-            key = F.normalize(key.float(), dim=-1)
-        if rotary is not None:
-            query, key = rotate(query.float(), rotary), rotate(key.float(), rotary)
-        # Attention reads one dtype, so this is what the cache holds: casting now or at every use gives the same bits.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        if kv_cache is None:
-            attended = attention(query, key, value, self.logit_scale, mask)
-        else:
-            attended = kv_cache.attend(self.layer_idx, query, key, value, self.logit_scale, **extra)
-        return self.to_out(attended.transpose(1, 2).flatten(2))
+        return self.processor(self, hidden_states, kv_cache, mask, rotary)
 
 
 class FeedForward(nn.Module):

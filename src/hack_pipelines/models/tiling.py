@@ -1,8 +1,54 @@
 """Decoding a large image piece by piece, which bounds the memory that the decoder works in."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
+from diffusers.models.autoencoders.vae import AutoencoderMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+
+class PiecewiseDecoder(AutoencoderMixin):
+    """
+    A tokenizer whose images can be decoded one at a time (`enable_slicing()`) and a square at a time (`enable_tiling()`).
+
+    Slicing changes nothing but the memory. Squares are normalised, and attend, on their own, so tiling changes the image a
+    little; one that is no larger than a square is decoded whole.
+    """
+
+    tile_sample_min_size = 512
+    """Image pixels per side of a square."""
+    tile_overlap_factor = 0.25
+    """The share of a square that the next one repeats."""
+    use_slicing = False
+    use_tiling = False
+    downscale_factor: int
+
+    @apply_forward_hook
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Images of latents.
+
+        Args:
+            latents (`torch.Tensor`):
+                `[batch, latent_channels, height, width]`, as `accumulate` leaves them.
+
+        Returns:
+            `torch.Tensor`: `[batch, 3, height * downscale_factor, width * downscale_factor]` in [-1, 1].
+        """
+        parts = latents.split(1) if self.use_slicing else (latents,)
+        return torch.cat([self._decode_part(part) for part in parts])
+
+    def _decode_part(self, latents: torch.Tensor) -> torch.Tensor:
+        tile = self.tile_sample_min_size // self.downscale_factor
+        if not self.use_tiling or max(latents.shape[2:]) <= tile:
+            return self._decode_whole(latents)
+        overlap = round(tile * self.tile_overlap_factor)
+        return decode_in_tiles(self._decode_whole, latents, self.downscale_factor, tile, overlap)
+
+    @abstractmethod
+    def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images of latents, in one piece."""
 
 
 def decode_in_tiles(

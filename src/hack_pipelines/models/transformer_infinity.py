@@ -1,21 +1,34 @@
 """Bitwise next-scale prediction transformer of Infinity (arXiv 2412.04431)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..cache.attention import attention
 from ..cache.cache import Cache
+from ..cache.operator import Attended, Handle
 from ..schedule import Schedule
 from .infinity_schedules import reference_size
-from .layers import FeedForward, Linear, LinearFP32, Rotary, ScaleAttention, modulated_norm
+from .layers import (
+    BackendAttnProcessor,
+    FeedForward,
+    FusedAttention,
+    FusedAttentionMixin,
+    Linear,
+    LinearFP32,
+    Rotary,
+    ScaleAttention,
+    modulated_norm,
+)
 
 
 ROTARY_BASE = 10_000
@@ -68,18 +81,21 @@ class TextStates:
             `[rows, 1, 2, dim]` in float32, scale and shift.
         hidden_states (`torch.Tensor`):
             `[sum of lengths, dim]`, what cross-attention reads.
-        keys_values (`dict`):
-            Keys and values of cross-attention by layer, filled in as layers ask for them.
+        handle ([`Handle`]):
+            Of the [`InfinityCondition`], which cross-attention attends to.
+        complete (`bool`, *optional*, defaults to `False`):
+            Whether all layers have made their keys and values.
     """
 
     pooled: torch.Tensor
     modulation: torch.Tensor
     head_modulation: torch.Tensor
     hidden_states: torch.Tensor
-    keys_values: dict[int, list[tuple[list[int], torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    handle: Handle
+    complete: bool = False
 
 
-class InfinityCondition:
+class InfinityCondition(Attended):
     """
     Text of one call, conditional rows first. The transformer keeps here what it makes of the text, so that each prompt is
     encoded once a call and the model itself holds no state.
@@ -100,6 +116,7 @@ class InfinityCondition:
         negative_prompt_embeds: Sequence[torch.Tensor | None] | None = None,
         guided: bool = True,
     ):
+        super().__init__()
         self.prompt_embeds = tuple(prompt_embeds)
         self.negative_prompt_embeds = tuple(negative_prompt_embeds or (None,) * len(self.prompt_embeds))
         self.guided = guided
@@ -109,6 +126,7 @@ class InfinityCondition:
             lengths += [len(embeds if negative is None else negative) for embeds, negative in pairs]
         self.text_rows = TextRows(lengths)
         self.states: TextStates | None = None
+        self.keys_values: dict[int, list[tuple[list[int], torch.Tensor, torch.Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self.text_rows.lengths)
@@ -120,7 +138,7 @@ class InfinityCondition:
 
     def packed(self, unconditional: torch.Tensor) -> torch.Tensor:
         """
-        Features of all rows, one after the other, `[sum of lengths, text_channels]` in float32.
+        Features of all rows, one after the other, `[sum of lengths, text_channels]` in float32, where the learned ones are.
 
         Args:
             unconditional (`torch.Tensor`):
@@ -130,14 +148,47 @@ class InfinityCondition:
         if self.guided:
             for embeds, negative in zip(self.prompt_embeds, self.negative_prompt_embeds):
                 parts.append(unconditional[: len(embeds)] if negative is None else negative)
-        return torch.cat([part.float() for part in parts])
+        return torch.cat([part.to(unconditional.device, torch.float32) for part in parts])
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        keys_values: torch.Tensor | None,
+        scale: float = 1.0,
+        projection: None = None,
+        backend: AttentionBackendName | None = None,
+    ) -> torch.Tensor:
+        """
+        Attention of every row to its own text.
+
+        Args:
+            layer_idx (`int`):
+                Index of the layer.
+            query (`torch.Tensor`):
+                `[rows, heads, tokens, head_dim]`.
+            keys_values (`torch.Tensor`, *optional*):
+                The layer's keys and values `[sum of lengths, 2 * dim]`; by default those of the call before.
+            scale (`float`, *optional*, defaults to 1.0):
+                Factor of the logits.
+            projection (`None`):
+                Not read.
+            backend (`AttentionBackendName`, *optional*):
+                The diffusers attention backend; by default the one that is active in the process.
+
+        Returns:
+            `torch.Tensor`: `[rows, heads, tokens, head_dim]`.
+        """
+        if keys_values is not None:
+            self.keys_values[layer_idx] = split_keys_values(keys_values, self.text_rows, query.shape[1])
+        return text_attention(query, self.keys_values[layer_idx], scale, backend)
 
 
 def text_attention(
     query: torch.Tensor,
     keys_values: Sequence[tuple[list[int], torch.Tensor, torch.Tensor]],
     scale: float,
-    in_bfloat16: bool,
+    backend: AttentionBackendName | None = None,
 ) -> torch.Tensor:
     """
     Attention of every row to its own text, `[rows, heads, tokens, head_dim]` in and out.
@@ -151,36 +202,47 @@ def text_attention(
             Rows, keys and values `[rows, heads, length, head_dim]` of every length.
         scale (`float`):
             Factor of the logits.
-        in_bfloat16 (`bool`):
-            Whether float32 is rounded to bfloat16 on the way in and out, as around the original's kernel.
+        backend (`AttentionBackendName`, *optional*):
+            The diffusers attention backend; by default the one that is active in the process.
     """
-    if in_bfloat16 and query.dtype == torch.float32:
-        rounded = [(rows, key.bfloat16().float(), value.bfloat16().float()) for rows, key, value in keys_values]
-        return text_attention(query.bfloat16().float(), rounded, scale, False).bfloat16().float()
     if len(keys_values) == 1:
         _, key, value = keys_values[0]
-        return attention(query, key, value, scale)
+        return attention(query, key, value, scale, backend=backend)
     output = torch.empty_like(query)
     for rows, key, value in keys_values:
-        output[rows] = attention(query[rows], key, value, scale)
+        output[rows] = attention(query[rows], key, value, scale, backend=backend)
     return output
 
 
-class TextPooling(nn.Module):
+def rounded(tensor: torch.Tensor, in_bfloat16: bool) -> torch.Tensor:
+    """Float32 rounded to bfloat16 if so wanted, as on the way into and out of the original's kernel."""
+    return tensor.bfloat16().float() if in_bfloat16 and tensor.dtype == torch.float32 else tensor
+
+
+class TextPoolingAttnProcessor(BackendAttnProcessor):
+    """Attention from a learned query to the text of each row."""
+
+    def __call__(self, attn: "TextPooling", text: torch.Tensor, rows: TextRows) -> torch.Tensor:
+        keys_values = split_keys_values(rounded(attn.to_kv(text), attn.in_bfloat16), rows, attn.query.shape[1])
+        query = attn.query.to(keys_values[0][1].dtype).unsqueeze(2).expand(len(rows.lengths), -1, -1, -1)
+        pooled = text_attention(
+            rounded(query, attn.in_bfloat16), keys_values, attn.query.shape[2] ** -0.5, self._attention_backend
+        )
+        return attn.to_out(rounded(pooled, attn.in_bfloat16).flatten(1))
+
+
+class TextPooling(FusedAttention):
     """One vector for a text: cross-attention from a learned query."""
 
     def __init__(self, text_channels: int, dim: int, heads: int, in_bfloat16: bool):
-        super().__init__()
+        super().__init__(heads, TextPoolingAttnProcessor())
         self.in_bfloat16 = in_bfloat16
         self.query = nn.Parameter(torch.randn(1, heads, dim // heads) * dim**-0.5)
         self.to_kv = Linear(text_channels, 2 * dim)
         self.to_out = Linear(dim, dim)
 
     def forward(self, text: torch.Tensor, rows: TextRows) -> torch.Tensor:
-        keys_values = split_keys_values(self.to_kv(text), rows, self.query.shape[1])
-        query = self.query.to(keys_values[0][1].dtype).unsqueeze(2).expand(len(rows.lengths), -1, -1, -1)
-        pooled = text_attention(query, keys_values, self.query.shape[2] ** -0.5, self.in_bfloat16)
-        return self.to_out(pooled.flatten(1))
+        return self.processor(self, text, rows)
 
 
 class TextProjection(nn.Module):
@@ -219,30 +281,40 @@ def split_keys_values(
     return result
 
 
-class TextCrossAttention(nn.Module):
+class TextAttnProcessor(BackendAttnProcessor):
+    """Attention of a scale's tokens to the text, whose keys and values are made at the first scale and kept."""
+
+    def __call__(self, attn: "TextCrossAttention", hidden_states: torch.Tensor, text: TextStates) -> torch.Tensor:
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        keys_values = (
+            None
+            if text.complete
+            else rounded(attn.to_kv(text.hidden_states.to(hidden_states.device)), attn.in_bfloat16)
+        )
+        attended = text.handle.attend(
+            attn.layer,
+            rounded(query, attn.in_bfloat16),
+            keys_values,
+            scale=query.shape[-1] ** -0.5,
+            backend=self._attention_backend,
+        )
+        return attn.to_out(rounded(attended, attn.in_bfloat16).flatten(2))
+
+
+class TextCrossAttention(FusedAttention):
     """Attention to the text, neither cosine nor rotated; its keys and values are computed once a call."""
 
     def __init__(self, dim: int, heads: int, layer_idx: int, in_bfloat16: bool):
-        super().__init__()
-        self.heads = heads
-        self.layer_idx = layer_idx
+        super().__init__(heads, TextAttnProcessor())
+        # As in `ScaleAttention`.
+        self.layer = torch.tensor(layer_idx, device="cpu")
         self.in_bfloat16 = in_bfloat16
         self.to_q = Linear(dim, dim)
         self.to_kv = Linear(dim, 2 * dim)
         self.to_out = Linear(dim, dim)
 
-    def forward(self, hidden_states: torch.Tensor, text: TextStates, rows: TextRows) -> torch.Tensor:
-        query = self.to_q(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        attended = self._attend(query, text, rows)
-        return self.to_out(attended.transpose(1, 2).flatten(2))
-
-    # Compiled, this would be compiled anew for every set of lengths.
-    @torch.compiler.disable
-    def _attend(self, query: torch.Tensor, text: TextStates, rows: TextRows) -> torch.Tensor:
-        if self.layer_idx not in text.keys_values:
-            projected = self.to_kv(text.hidden_states)
-            text.keys_values[self.layer_idx] = split_keys_values(projected, rows, self.heads)
-        return text_attention(query, text.keys_values[self.layer_idx], query.shape[-1] ** -0.5, self.in_bfloat16)
+    def forward(self, hidden_states: torch.Tensor, text: TextStates) -> torch.Tensor:
+        return self.processor(self, hidden_states, text)
 
 
 class InfinityTransformerBlock(nn.Module):
@@ -261,22 +333,22 @@ class InfinityTransformerBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         text: TextStates,
-        rows: TextRows,
         rotary: Rotary,
-        kv_cache: Cache | None = None,
+        kv_cache: Handle | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        modulation = self.modulation + text.modulation
+        # Hooks of a device map move tensors, but not what objects hold.
+        modulation = self.modulation + text.modulation.to(hidden_states.device)
         gate_attn, gate_ff, scale_attn, scale_ff, shift_attn, shift_ff = modulation.unbind(2)
         attended = self.attn(modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), kv_cache, mask, rotary)
         # Rounded to the dtype of the branch, as the original's in-place product is under autocast.
         hidden_states = hidden_states + (attended * gate_attn).to(attended.dtype)
         normed = self.norm_text(hidden_states.float())
-        hidden_states = hidden_states.float() + self.cross_attn(normed, text, rows)
+        hidden_states = hidden_states.float() + self.cross_attn(normed, text)
         return hidden_states + self.ff(modulated_norm(hidden_states, scale_ff, shift_ff, self.eps)) * gate_ff
 
 
-class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
+class InfinityTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
     """
     Text-to-image transformer that predicts all bits of a scale at once from the scales before it.
 
@@ -306,6 +378,7 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
             kernel. Without effect in half precision.
     """
 
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["InfinityTransformerBlock"]
     _repeated_blocks = ["InfinityTransformerBlock"]
     _keep_in_fp32_modules = [
@@ -318,7 +391,7 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
         "head",
     ]
     _skip_layerwise_casting_patterns = ["embed", "norm", "pos_start", "log_scale", "modulation", "head", "query"]
-    _skip_keys = ["kv_cache", "condition", "text", "rows"]
+    _skip_keys = ["kv_cache", "condition", "text"]
 
     @register_to_config
     def __init__(
@@ -355,6 +428,7 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
         )
         self.head_modulation = LinearFP32(dim, 2 * dim)
         self.head = LinearFP32(dim, 2 * bits_per_token)
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -398,7 +472,8 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
                 f"`step` and `kv_cache` go together but are {step} and {kv_cache}: "
                 "give both to draw one scale, neither for teacher forcing."
             )
-        if condition.states is None:
+        # Anew for teacher forcing, where gradients may flow through it and weights change between two calls.
+        if condition.states is None or step is None:
             condition.states = self._encode_text(condition)
         text = condition.states
         steps = tuple(range(len(schedule))) if step is None else (step,)
@@ -409,15 +484,27 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
             levels = levels.repeat_interleave(torch.tensor(schedule.lengths, device=levels.device))
             mask = levels[:, None] >= levels[None, :]
         hidden_states = self._embed(hidden_states, text.pooled, schedule, steps)
+        handle = None if kv_cache is None else kv_cache.handle
+        # What is drawn is not computed twice: a cache takes a scale once.
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and kv_cache is None
         for index, block in enumerate(self.transformer_blocks):
-            hidden_states = block(hidden_states, text, condition.text_rows, rotary, kv_cache, mask)
+            if checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, text, rotary, handle, mask)
+            else:
+                hidden_states = block(hidden_states, text, rotary, handle, mask)
             if layer_guidance and index in layer_guidance:
                 weight = layer_guidance[index]
                 conditional, unconditional = hidden_states.chunk(2)
                 hidden_states = (weight * conditional + (1 - weight) * unconditional).repeat(2, 1, 1)
-        scale, shift = text.head_modulation.unbind(2)
-        logits = self.head(modulated_norm(hidden_states, scale, shift, self.config["norm_eps"]))
+        text.complete = step is not None
+        scale, shift = text.head_modulation.to(hidden_states.device).unbind(2)
+        logits = self.head(modulated_norm(hidden_states, scale, shift, self.config["norm_eps"])).to(condition.device)
         return InfinityTransformer2DModelOutput(logits=logits) if return_dict else (logits,)
+
+    @apply_forward_hook
+    def unconditional_features(self, length: int) -> torch.Tensor:
+        """The learned features `[length, text_channels]` that stand for no text."""
+        return self.uncond_embeds[:length]
 
     def _encode_text(self, condition: InfinityCondition) -> TextStates:
         """What is the same at every scale."""
@@ -429,22 +516,23 @@ class InfinityTransformer2DModel(ModelMixin, ConfigMixin):
             modulation=self.shared_modulation(activated).view(len(condition), 1, 6, -1),
             head_modulation=self.head_modulation(activated).view(len(condition), 1, 2, -1),
             hidden_states=self.text_proj(text),
+            handle=condition.handle,
         )
 
     def _embed(
         self, latents: torch.Tensor | None, pooled: torch.Tensor, schedule: Schedule, steps: Sequence[int]
     ) -> torch.Tensor:
-        """Token embeddings `[rows, tokens, dim]`: pooled text or latent, plus level."""
+        """Token embeddings `[rows, tokens, dim]`: pooled text or latent, plus level, where the pooled text is."""
+        device = pooled.device
         lengths = [schedule.lengths[step] for step in steps]
-        levels = self.level_embed(torch.tensor(steps, device=pooled.device)).repeat_interleave(
-            torch.tensor(lengths, device=pooled.device), dim=0, output_size=sum(lengths)
-        )
+        levels = self.level_embed(torch.tensor(steps, device=device)).to(device)
+        levels = levels.repeat_interleave(torch.tensor(lengths, device=device), dim=0, output_size=sum(lengths))
         parts = []
         if 0 in steps:
-            parts.append(pooled.unsqueeze(1) + self.pos_start + levels[:1])
+            parts.append(pooled.unsqueeze(1) + self.pos_start.to(device) + levels[:1])
             levels = levels[1:]
         if latents is not None:
-            embedded = self.latent_embed(latents)
+            embedded = self.latent_embed(latents).to(device)
             # Added in place in the original: half precision is kept here, and float32 at the first scale.
             embedded = (embedded + levels).to(embedded.dtype)
             # With guidance both halves read the same latents, so these are embedded once.

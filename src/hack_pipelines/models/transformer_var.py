@@ -10,8 +10,9 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..cache.cache import Cache
+from ..cache.operator import Handle
 from ..schedule import Schedule
-from .layers import FeedForward, Linear, ScaleAttention, modulated_norm
+from .layers import FeedForward, FusedAttentionMixin, Linear, ScaleAttention, modulated_norm
 
 
 @dataclass
@@ -43,7 +44,7 @@ class VARTransformerBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         condition: torch.Tensor,
-        kv_cache: Cache | None = None,
+        kv_cache: Handle | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if isinstance(self.modulation, nn.Parameter):
@@ -57,7 +58,7 @@ class VARTransformerBlock(nn.Module):
         return hidden_states + self.ff(modulated_norm(hidden_states, scale_ff, shift_ff, self.eps)) * gate_ff
 
 
-class VARTransformer2DModel(ModelMixin, ConfigMixin):
+class VARTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
     """
     Class-conditional transformer that predicts all tokens of a scale at once from the scales before it.
 
@@ -86,6 +87,7 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
             Epsilon of the layer normalisations.
     """
 
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["VARTransformerBlock"]
     _repeated_blocks = ["VARTransformerBlock"]
     _keep_in_fp32_modules = ["class_embed", "pos_start", "pos_embed", "level_embed", "log_scale"]
@@ -128,6 +130,7 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
         )
         self.norm_modulation = Linear(dim, 2 * dim)
         self.proj_out = Linear(dim, vocab_size)
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -171,23 +174,32 @@ class VARTransformer2DModel(ModelMixin, ConfigMixin):
         modulation = condition
         if self.shared_modulation is not None:
             modulation = self.shared_modulation(F.silu(condition)).view(len(condition), 1, 6, -1).float()
+        handle = None if kv_cache is None else kv_cache.handle
+        # What is drawn is not computed twice: a cache takes a scale once.
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and kv_cache is None
         for block in self.transformer_blocks:
-            hidden_states = block(hidden_states, modulation, kv_cache, mask)
-        scale, shift = self.norm_modulation(F.silu(condition)).view(len(condition), 1, 2, -1).unbind(2)
+            if checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, modulation, handle, mask)
+            else:
+                hidden_states = block(hidden_states, modulation, handle, mask)
+        norm = self.norm_modulation(F.silu(condition)).view(len(condition), 1, 2, -1)
+        # The blocks before may be on another device.
+        scale, shift = norm.to(hidden_states.device).unbind(2)
         hidden_states = modulated_norm(hidden_states, scale, shift, self.config["norm_eps"])
         logits = self.proj_out(hidden_states).float()
         return VARTransformer2DModelOutput(logits=logits) if return_dict else (logits,)
 
     def _embed(self, latents: torch.Tensor | None, condition: torch.Tensor, step: int | None) -> torch.Tensor:
-        """Token embeddings `[rows, tokens, dim]`: class or latent, plus position and level."""
+        """Token embeddings `[rows, tokens, dim]`: class or latent, plus position and level, where the condition is."""
+        device = condition.device
         lengths, prefixes = self.schedule.lengths, self.schedule.prefixes
         here = slice(None) if step is None else slice(prefixes[step], prefixes[step] + lengths[step])
-        positions = self.level_embed(self.levels[here]) + self.pos_embed[:, here]
+        positions = self.level_embed(self.levels[here]).to(device) + self.pos_embed[:, here].to(device)
         parts = []
         if not step:
-            parts.append(condition.unsqueeze(1).expand(-1, lengths[0], -1) + self.pos_start)
+            parts.append(condition.unsqueeze(1).expand(-1, lengths[0], -1) + self.pos_start.to(device))
         if latents is not None:
-            parts.append(self.latent_embed(latents))
+            parts.append(self.latent_embed(latents).to(device))
         embedded = torch.cat(parts, dim=1) + positions
         # With guidance both halves read the same latents, so these are embedded once.
         return embedded.repeat(len(condition) // len(embedded), 1, 1)

@@ -3,23 +3,33 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import get_parameter_device
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
+from huggingface_hub import CommitInfo
 
 from ..cache import Cache, FullCache, make_cache
 from ..cache.budget import TokenBytes, make_plan
 from ..cache.report import CudaPeak
 from ..cache.storage import get_storage
 from ..convert import load_original
-from ..hub.checks import check_weights, read_json
+from ..hub.cards import CARD_NAME
+from ..hub.checks import check_weights
+from ..hub.files import read_json
+from ..hub.originals import OriginalRepo
+from ..hub.registry import checked_reference
 from ..hub.sources import locate
+from ..hub.upload import upload
 from ..methods import DEFAULT_METHOD, Full, Geometry, Method, get_method
 from ..profiles.head_profile import HeadProfile
 from ..schedule import Schedule
+from .head_profiles import PROFILE_FOLDER, find_head_profile
+from .model_card import pipeline_card
 from .pipeline_output import HackVARPipelineOutput
 from .sampling import draw_tokens, filter_logits, guide
 from .settings import SamplingSettings, is_whole
@@ -29,7 +39,8 @@ logger = logging.get_logger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PROFILE_FOLDER = "head_profile"
+# What would run code that came with a model.
+CODE_OPTIONS = ("custom_pipeline", "custom_revision", "trust_remote_code")
 
 
 class HackVARPipeline(DiffusionPipeline):
@@ -48,12 +59,16 @@ class HackVARPipeline(DiffusionPipeline):
 
     family: ClassVar[str]
     """What [`~HackVARPipeline.from_original`] calls the models that the subclass is for."""
+    pipeline_tag: ClassVar[str]
+    """What the Hub calls its task."""
 
     transformer: Any
     vae: Any
     head_profile: HeadProfile | None = None
     _fallback_profile: HeadProfile | None = None
+    _original: OriginalRepo | None = None
     _interrupt = False
+    _num_timesteps = 0
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -61,7 +76,7 @@ class HackVARPipeline(DiffusionPipeline):
         name_or_path: str | Path,
         variant: str | None = None,
         dtype: torch.dtype | dict[str, torch.dtype] | None = None,
-        head_profile: str | Path | HeadProfile | None = None,
+        head_profile: str | Path | HeadProfile | bool | None = None,
         **kwargs: Any,
     ) -> Self:
         """
@@ -78,24 +93,32 @@ class HackVARPipeline(DiffusionPipeline):
             dtype (`torch.dtype` or `dict`, *optional*):
                 Of the weights, float32 by default. Tensors that need float32 keep it, and a text encoder is float16 where
                 this is half precision, as the original runs it; a `dict` by component decides otherwise.
-            head_profile (`str`, `Path` or [`HeadProfile`], *optional*):
-                Profile to attach instead of the one that the folder or repo carries.
+            head_profile (`str`, `Path`, [`HeadProfile`] or `False`, *optional*):
+                Profile to attach: a folder, a Hub repo (`"owner/name"` or `"owner/name@revision"`), the profile itself;
+                `False` is none. By default the one in the model's own `head_profile` folder, else the one that its
+                configuration names as `default_head_profile`, else the one that is registered for a released model.
             kwargs:
                 Everything else that [`~diffusers.DiffusionPipeline.from_pretrained`] takes: `revision`, `token`,
-                `cache_dir`, `local_files_only`, `device_map`, components.
+                `cache_dir`, `local_files_only`, `force_download`, `device_map`, components. Those for the Hub, except
+                `revision`, also count for the profile.
 
         Returns:
             [`HackVARPipeline`]: of the subclass that the folder names.
 
         Raises:
-            `ValueError`: if the folder is no pipeline of this package, or a weight is missing or has another shape.
+            `ValueError`: if the folder is no pipeline of this package, a weight is missing or has another shape, or a
+                profile that was asked for or named does not exist or fit.
+            `ConnectionError`: if something is not in the cache and cannot be fetched.
         """
+        refuse_code(kwargs)
         hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         source = locate(str(name_or_path), variant, **hub_options)
         index = read_model_index(source.folder)
         subclass = cls._subclass("name", index["_class_name"], source.folder)
         components = [name for name in index if not name.startswith("_") and name not in kwargs]
         check_weights(source.folder, components, source.variant)
+        default = kwargs.get("default_head_profile", index.get("default_head_profile"))
+        profile = find_head_profile(head_profile, source, default, hub_options)
         # Said also where it is the default: transformers would take the dtype of its files.
         kwargs["dtype"] = subclass.component_dtypes(torch.float32 if dtype is None else dtype)
         if source.variant is not None:
@@ -103,11 +126,35 @@ class HackVARPipeline(DiffusionPipeline):
         pipe: Any = super(HackVARPipeline, subclass).from_pretrained(
             str(source.folder), use_safetensors=True, **kwargs
         )
-        if head_profile is None and (source.folder / PROFILE_FOLDER).is_dir():
-            head_profile = source.folder / PROFILE_FOLDER
-        if head_profile is not None:
-            pipe.load_head_profile(head_profile)
+        pipe._original = source.original
+        if profile is not None:
+            pipe.load_head_profile(profile)
         return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
+        """
+        Fetch a model, and the head profile that belongs to it, so that [`~HackVARPipeline.from_pretrained`] needs no network.
+
+        Args:
+            pretrained_model_name (`str` or `Path`):
+                As in [`~HackVARPipeline.from_pretrained`].
+            kwargs:
+                `variant`, `head_profile`, `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`, as
+                there. What else diffusers hands over has no meaning here.
+
+        Returns:
+            `str`: the folder, in diffusers layout.
+
+        Raises:
+            `ValueError`, `ConnectionError`: as in [`~HackVARPipeline.from_pretrained`].
+        """
+        refuse_code(kwargs)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        source = locate(str(pretrained_model_name), kwargs.get("variant"), **hub_options)
+        default = read_model_index(source.folder).get("default_head_profile")
+        find_head_profile(kwargs.get("head_profile"), source, default, hub_options)
+        return str(source.folder)
 
     @classmethod
     def from_original(
@@ -180,11 +227,144 @@ class HackVARPipeline(DiffusionPipeline):
         """Dtypes of the components where `dtype` is asked for."""
         return dtype
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any):  # type: ignore[override]
-        """Save the pipeline, see [`~diffusers.DiffusionPipeline.save_pretrained`], and its head profile beside it."""
-        super().save_pretrained(str(save_directory), **kwargs)
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        *,
+        license: str | None = None,
+        base_model: str | None = None,
+        results: str | Path | None = None,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ):
+        """
+        Save the pipeline, with its head profile in the folder `head_profile`, and a card where there is none.
+
+        Args:
+            save_directory (`str` or `Path`):
+                The folder.
+            safe_serialization (`bool`, *optional*, defaults to `True`):
+                Whether weights are safetensors. Others, which are pickles, are neither uploaded nor read.
+            variant (`str`, *optional*):
+                Part of the names of the weight files, `"bf16"` for example.
+            max_shard_size (`int` or `str`, *optional*):
+                Largest size of a weight file, `"5GB"` for example.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Whether to upload the folder as well.
+            license (`str`, *optional*):
+                Of the weights, as the Hub names it, for the card. Known for models that were opened from the original
+                authors' repos.
+            base_model (`str`, *optional*):
+                Hub repo of the model that this one was made from, for the card; known likewise.
+            results (`str` or `Path`, *optional*):
+                Folder of a `hack-pipelines compare`, whose tables go into the card.
+            repo_id (`str`, *optional*):
+                Where to; the name of the folder by default.
+            kwargs:
+                With `push_to_hub`, what [`~HackVARPipeline.push_to_hub`] takes besides.
+
+        Raises:
+            `ValueError`: if `results` is no comparison, or as in [`~HackVARPipeline.push_to_hub`].
+        """
+        folder = Path(save_directory)
+        if kwargs and not push_to_hub:
+            raise TypeError(f"`save_pretrained` takes {', '.join(kwargs)} with `push_to_hub=True` only.")
+        if push_to_hub and not safe_serialization:
+            raise ValueError("`safe_serialization` must stay `True` with `push_to_hub`: pickle files can run code.")
+        if push_to_hub and repo_id is None:
+            repo_id = folder.name
+        if self._original is not None:
+            license, base_model = license or self._original.license, base_model or self._original.name
+        card = pipeline_card(
+            self,
+            license=license,
+            base_model=base_model,
+            results=results,
+            repo_id=repo_id,
+            revision=kwargs.get("tag") or kwargs.get("revision"),
+        )
+        if push_to_hub and license is None:
+            logger.warning("The card names no licence of the weights: `license` says which one it is.")
+        super().save_pretrained(str(folder), safe_serialization, variant, max_shard_size)
         if self.head_profile is not None:
-            self.head_profile.save_pretrained(Path(save_directory) / PROFILE_FOLDER)
+            self.head_profile.save_pretrained(folder / PROFILE_FOLDER)
+        if not (folder / CARD_NAME).exists():
+            card.save(folder / CARD_NAME)
+        if push_to_hub:
+            message = kwargs.pop("commit_message", None) or f"Upload {type(self).__name__}"
+            return upload(folder, str(repo_id), message, **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        base_model: str | None = None,
+        results: str | Path | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tag: str | None = None,
+        replace_card: bool = False,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> CommitInfo:
+        """
+        Upload the pipeline with its head profile and a model card, in one commit.
+
+        Args:
+            repo_id (`str`):
+                Repo, which is made where it is missing.
+            license, base_model, results (*optional*):
+                For the card, see [`~HackVARPipeline.save_pretrained`].
+            commit_message (`str`, *optional*):
+                What the commit is called.
+            private (`bool`, *optional*):
+                Whether a repo that is made now can be seen by its owner only; the owner's setting by default.
+            token (`str` or `bool`, *optional*):
+                That may write; by default the one of `hf auth login`.
+            revision (`str`, *optional*, defaults to `"main"`):
+                Branch, which is made where it is missing.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Whether to propose the commit as a pull request.
+            tag (`str`, *optional*):
+                Name of a tag for the commit, so that others can pin it.
+            replace_card (`bool`, *optional*, defaults to `False`):
+                Whether to write over a card on the Hub that somebody edited.
+            variant, max_shard_size (*optional*):
+                Of the weight files, see [`~HackVARPipeline.save_pretrained`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]: the commit.
+
+        Raises:
+            `ValueError`: if the tag is taken, the token may not write, or `results` is no comparison.
+            `ConnectionError`: if the Hub cannot be reached.
+        """
+        with TemporaryDirectory() as folder:
+            return self.save_pretrained(
+                folder,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                license=license,
+                base_model=base_model,
+                results=results,
+                push_to_hub=True,
+                repo_id=repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                tag=tag,
+                replace_card=replace_card,
+            )
 
     def load_head_profile(self, head_profile: str | Path | HeadProfile, **kwargs: Any):
         """
@@ -192,7 +372,7 @@ class HackVARPipeline(DiffusionPipeline):
 
         Args:
             head_profile (`str`, `Path` or [`HeadProfile`]):
-                Folder, Hub repo, or the profile itself.
+                Folder, Hub repo (`"owner/name"` or `"owner/name@revision"`), or the profile itself.
             kwargs:
                 What [`HeadProfile.from_pretrained`] takes besides: `revision`, `token`, `cache_dir`.
 
@@ -203,6 +383,11 @@ class HackVARPipeline(DiffusionPipeline):
             head_profile = HeadProfile.from_pretrained(str(head_profile), **kwargs)
         head_profile.check_fits(self.geometry())
         self.head_profile = head_profile
+
+    @property
+    def num_timesteps(self) -> int:
+        """Scales of the running or the last call: callbacks count steps by this name."""
+        return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
@@ -274,9 +459,36 @@ class HackVARPipeline(DiffusionPipeline):
         plan = make_plan(method, geometry, profile, token_bytes, kv_budget, attention_budget)
         return make_cache(plan, method, guided, storage)
 
+    def enable_vae_slicing(self):
+        """Decode one image of a batch at a time: the same images in less memory. As `pipe.vae.enable_slicing()`."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self):
+        """Decode all images of a batch together again."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self):
+        """Decode large images a square at a time, see [`PiecewiseDecoder`]. As `pipe.vae.enable_tiling()`."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self):
+        """Decode images whole again."""
+        self.vae.disable_tiling()
+
+    def device_of(self, component: torch.nn.Module) -> torch.device:
+        """
+        Where a component computes: where the hooks of an offload or a device map bring it, else where it is. Components may
+        be on different devices, which `_execution_device` knows one of.
+        """
+        for module in component.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return get_parameter_device(component)
+
     def _attention_dtype(self) -> torch.dtype:
         """The dtype of keys and values as attention reads them."""
-        device_type = self._execution_device.type
+        device_type = self.device_of(self.transformer).type
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.transformer.dtype
@@ -348,6 +560,16 @@ class HackVARPipeline(DiffusionPipeline):
     def calibration_inputs(self, num_samples: int) -> list[int | str]:
         """The inputs that the model is calibrated with, the same on every call."""
 
+    def prepare_latents(self, num_images: int, schedule: Schedule) -> torch.Tensor:
+        """Running latents before the first scale: zeros `[images, latent_channels, height, width]` where the tokenizer is."""
+        return torch.zeros(
+            num_images,
+            self.vae.config["latent_channels"],
+            *self.vae.latent_size(schedule.sizes[-1]),
+            device=self.device_of(self.vae),
+            dtype=torch.float32,
+        )
+
     def draw_scales(
         self,
         condition: Any,
@@ -379,14 +601,8 @@ class HackVARPipeline(DiffusionPipeline):
             the tokens of every scale.
         """
         schedule = cache.schedule
-        images = len(condition) // 2 if settings.guided else len(condition)
-        latents = torch.zeros(
-            images,
-            self.vae.config["latent_channels"],
-            *self.vae.latent_size(schedule.sizes[-1]),
-            device=condition.device,
-            dtype=torch.float32,
-        )
+        latents = self.prepare_latents(len(condition) // 2 if settings.guided else len(condition), schedule)
+        self._num_timesteps = len(schedule)
         scale_input, all_tokens = None, []
         with self.progress_bar(total=len(schedule)) as progress_bar:
             for step, size in enumerate(schedule.sizes):
@@ -404,7 +620,7 @@ class HackVARPipeline(DiffusionPipeline):
                     returned = callback_on_step_end(self, step, size, given) or {}
                     if returned.get("latents", latents) is not latents:
                         latents = returned["latents"].to(latents)
-                        scale_input = self.vae.next_input(latents, step, schedule)
+                        scale_input = self.vae.next_input(latents, step, schedule, tokens.device)
                 progress_bar.update()
         return latents, all_tokens
 
@@ -433,7 +649,7 @@ class HackVARPipeline(DiffusionPipeline):
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Images `[images, 3, height, width]` in [0, 1] of latents, running ones included."""
-        return (self.vae.decode(latents) + 1) * 0.5
+        return (self.vae.decode(latents.to(self.device_of(self.vae))) + 1) * 0.5
 
     def postprocess(self, latents: torch.Tensor, output_type: str) -> Any:
         """Latents as `output_type` says."""
@@ -500,6 +716,13 @@ class HackVARPipeline(DiffusionPipeline):
             )
 
 
+def refuse_code(options: dict[str, Any]):
+    """Refuse options of diffusers that run code which came with a model."""
+    given = [name for name in CODE_OPTIONS if options.get(name)]
+    if given:
+        raise ValueError(f"No code that comes with a model is run here: leave {', '.join(given)} out.")
+
+
 def read_model_index(folder: Path) -> dict[str, Any]:
     """`model_index.json` of a folder in diffusers layout."""
     if not (folder / "model_index.json").is_file():
@@ -510,4 +733,8 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     index = read_json(folder / "model_index.json")
     if not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{folder / 'model_index.json'} is damaged: it has no `_class_name`.")
+    try:
+        checked_reference("default_head_profile", index.get("default_head_profile"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model_index.json'} is damaged: {error}") from error
     return index

@@ -8,6 +8,7 @@ import torch
 from diffusers.utils import replace_example_docstring
 
 from ..cache.cache import Cache
+from ..hub.registry import checked_reference
 from ..methods import DEFAULT_METHOD, Method
 from ..models.autoencoder_msvq import MultiScaleVQModel
 from ..models.transformer_var import VARTransformer2DModel
@@ -47,9 +48,12 @@ class HackVARClassPipeline(HackVARPipeline):
             Names of the classes by id; several names of one class are separated by commas.
         sampling (`dict`, *optional*):
             Defaults of `guidance_scale`, `top_k` and `top_p` for this model.
+        default_head_profile (`str`, *optional*):
+            Hub repo of the head profile that belongs to this model, `"owner/name"` or `"owner/name@revision"`.
     """
 
     family: ClassVar[str] = "var"
+    pipeline_tag: ClassVar[str] = "unconditional-image-generation"
 
     def __init__(
         self,
@@ -58,11 +62,14 @@ class HackVARClassPipeline(HackVARPipeline):
         # diffusers compares these annotations with the classes of the values, so they take no parameters.
         id2label: dict | None = None,
         sampling: dict | None = None,
+        default_head_profile: str | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(
-            id2label={str(key): name for key, name in (id2label or {}).items()}, sampling=sampling or DEFAULT_SAMPLING
+            id2label={str(key): name for key, name in (id2label or {}).items()},
+            sampling=sampling or DEFAULT_SAMPLING,
+            default_head_profile=checked_reference("default_head_profile", default_head_profile),
         )
 
     @property
@@ -124,7 +131,7 @@ class HackVARClassPipeline(HackVARPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Draws random classes, before any token, as the original does.
         """
-        device = self._execution_device
+        device = self.device_of(self.transformer)
         num_classes = self.transformer.config["num_classes"]
         if class_labels is None:
             uniform = torch.full((1, num_classes), 1 / num_classes, device=device)

@@ -1,5 +1,6 @@
 """Text to image with Infinity."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -8,6 +9,7 @@ from diffusers.utils import logging, replace_example_docstring
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..cache.cache import Cache
+from ..hub.registry import checked_reference
 from ..methods import DEFAULT_METHOD, Method
 from ..models.autoencoder_bsq import MultiScaleBSQModel
 from ..models.infinity_schedules import (
@@ -31,6 +33,7 @@ logger = logging.get_logger(__name__)
 VALUES_OF_A_BIT = 2
 # Rows of the learned features for no text that stand for a short prompt where there is no text encoder.
 NO_TEXT_LENGTH = 8
+TEXT_MAX_LENGTH = 512
 NATIVE_RATIO, NATIVE_PIXEL_CLASS = 1.0, "1M"
 
 EXAMPLE_DOC_STRING = """
@@ -62,6 +65,8 @@ class HackVARTextPipeline(HackVARPipeline):
             Defaults of `guidance_scale`, `temperature`, `top_k` and `top_p` for this model.
         scale_schedule (`list`, *optional*):
             Height and width of every token map of the model's own size. `None` is the released 1024 x 1024.
+        default_head_profile (`str`, *optional*):
+            Hub repo of the head profile that belongs to this model, `"owner/name"` or `"owner/name@revision"`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -69,6 +74,7 @@ class HackVARTextPipeline(HackVARPipeline):
     _exclude_from_cpu_offload = []
     _optional_components = ["text_encoder", "tokenizer"]
     family: ClassVar[str] = "infinity"
+    pipeline_tag: ClassVar[str] = "text-to-image"
 
     text_encoder: T5EncoderModel | None
     tokenizer: Any
@@ -82,11 +88,16 @@ class HackVARTextPipeline(HackVARPipeline):
         # diffusers compares these annotations with the classes of the values, so they take no parameters.
         sampling: dict | None = None,
         scale_schedule: list | None = None,
+        default_head_profile: str | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         schedule = scale_schedule or [list(size) for size in template_schedule(NATIVE_RATIO, NATIVE_PIXEL_CLASS).sizes]
-        self.register_to_config(sampling=sampling or DEFAULT_SAMPLING, scale_schedule=schedule)
+        self.register_to_config(
+            sampling=sampling or DEFAULT_SAMPLING,
+            scale_schedule=schedule,
+            default_head_profile=checked_reference("default_head_profile", default_head_profile),
+        )
 
     @classmethod
     def component_dtypes(cls, dtype: torch.dtype | dict[str, torch.dtype]) -> torch.dtype | dict[str, torch.dtype]:
@@ -205,6 +216,33 @@ class HackVARTextPipeline(HackVARPipeline):
             guidance_layers=tuple(guidance_layers),
         )
 
+    @property
+    def text_max_length(self) -> int:
+        """The most text tokens that the transformer reads; without a transformer that of the released models."""
+        return TEXT_MAX_LENGTH if self.transformer is None else self.transformer.config["text_max_length"]
+
+    @property
+    def _text_device(self) -> torch.device:
+        """Where text features go."""
+        return self._execution_device if self.transformer is None else self.device_of(self.transformer)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any):
+        """
+        Offload groups of layers, see [`~diffusers.DiffusionPipeline.enable_group_offload`].
+
+        Raises:
+            `ValueError`: if leaves of the text encoder are to go to disk, which loses its shared embedding.
+        """
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        excluded = given.get("exclude_modules") or ()
+        to_disk = given.get("offload_to_disk_path") and given.get("offload_type") == "leaf_level"
+        if to_disk and self.text_encoder is not None and "text_encoder" not in excluded:
+            raise ValueError(
+                "With `offload_type='leaf_level'` and `offload_to_disk_path` the text encoder would lose its embedding, which two "
+                "of its modules share: pass `exclude_modules=['text_encoder']`, or `offload_type='block_level'`."
+            )
+        super().enable_group_offload(*args, **kwargs)
+
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -282,7 +320,7 @@ class HackVARTextPipeline(HackVARPipeline):
                     f"`{name}` must have 1 to {config['text_max_length']} text tokens each but has {len(entry)}: cut it, "
                     "and leave padding out."
                 )
-        return [entry.to(self._execution_device) for entry in entries]
+        return [entry.to(self._text_device) for entry in entries]
 
     def _encode_texts(self, texts: list[str]) -> list[torch.Tensor]:
         """Features `[length, text_channels]` of each text in float32."""
@@ -291,13 +329,14 @@ class HackVARTextPipeline(HackVARPipeline):
                 "This pipeline has no text encoder: give `prompt_embeds`, or load it with one "
                 "(`from_original(..., text_encoder=...)`, `hack-pipelines convert --text-encoder ...`)."
             )
-        length = self.transformer.config["text_max_length"]
+        length = self.text_max_length
         self._warn_of_cuts(texts, length)
         # Padded to the full length, as the original encodes: in half precision another length rounds otherwise.
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(self._execution_device)
-        features = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float()
+        ).to(self.device_of(self.text_encoder))
+        features = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        features = features.to(self._text_device, torch.float32)
         return [rows[:count] for rows, count in zip(features, tokens.attention_mask.sum(1).tolist())]
 
     def _warn_of_cuts(self, texts: list[str], length: int):
@@ -311,7 +350,7 @@ class HackVARTextPipeline(HackVARPipeline):
 
     def encode_inputs(self, inputs: Sequence[int | str], guided: bool) -> InfinityCondition:
         if self.text_encoder is None and not any(inputs):
-            features = self.transformer.uncond_embeds[:NO_TEXT_LENGTH].to(self._execution_device)
+            features = self.transformer.unconditional_features(NO_TEXT_LENGTH)
             return InfinityCondition([features] * len(inputs), guided=guided)
         return self.encode_prompt([str(entry) for entry in inputs], guided=guided)
 

@@ -6,13 +6,19 @@ import re
 from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..hub.cards import CARD_NAME
+from ..hub.client import snapshot
+from ..hub.errors import explained
+from ..hub.files import DOWNLOAD_AGAIN, read_json
+from ..hub.registry import split_reference
 from ..schedule import Schedule
 from .statistics import statistic_shapes
 
@@ -27,9 +33,9 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "profile.safetensors"
 HEAD_MAP_NAME = "head_map.png"
+FILES = (CARD_NAME, CONFIG_NAME, HEAD_MAP_NAME, WEIGHTS_NAME)
 # The share of contextual heads that the saved picture shows; HACK's default.
 SHOWN_ALPHA = 0.5
-REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 FACTS = (
     "base_model",
@@ -305,11 +311,67 @@ class HeadProfile(
     __hash__ = None  # type: ignore[assignment]
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        """The card that `save_pretrained` and `push_to_hub` write."""
-        from .model_card import card_text
+        """The card that `save_pretrained` and `push_to_hub` write; `kwargs` as in `profile_card`, and `license`."""
+        from .model_card import profile_card
 
-        # From text, since the mixin's own way through a template needs Jinja2.
-        return ModelCard(card_text(self, self._hub_mixin_info.model_card_data.to_dict()))
+        metadata = self._hub_mixin_info.model_card_data.to_dict()
+        license = kwargs.pop("license", None) or metadata["license"]
+        return profile_card(self, {**metadata, "license": license}, **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        results: str | Path | None = None,
+        commit_message: str = "Upload head profile",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tag: str | None = None,
+        replace_card: bool = False,
+    ) -> CommitInfo:
+        """
+        Upload the profile with its card and head map, in one commit.
+
+        Args:
+            repo_id (`str`):
+                Repository, which is made where it is missing.
+            license (`str`, *optional*, defaults to `"apache-2.0"`):
+                Of the profile, as the Hub names it.
+            results (`str` or `Path`, *optional*):
+                Folder of a `hack-pipelines compare` that was drawn with it, for the card.
+            commit_message (`str`, *optional*, defaults to `"Upload head profile"`):
+                What the commit is called.
+            private (`bool`, *optional*):
+                Whether a repository that is made now can be seen by its owner only; the owner's setting by default.
+            token (`str` or `bool`, *optional*):
+                That may write; by default the one of `hf auth login`.
+            revision (`str`, *optional*, defaults to `"main"`):
+                Branch, which is made where it is missing.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Whether to propose the commit as a pull request.
+            tag (`str`, *optional*):
+                Name of a tag for the commit, so that others can pin it.
+            replace_card (`bool`, *optional*, defaults to `False`):
+                Whether to write over a card on the Hub that somebody edited.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]: the commit.
+
+        Raises:
+            `ValueError`: if the tag is taken, the token may not write, or `results` is no comparison.
+            `ConnectionError`: if the Hub cannot be reached.
+        """
+        from ..hub.upload import upload
+
+        card = {"license": license, "results": results, "repo_id": repo_id, "revision": tag or revision}
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, model_card_kwargs=card)
+            return upload(
+                Path(folder), repo_id, commit_message, private, token, revision, create_pr, tag, replace_card
+            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -327,11 +389,11 @@ class HeadProfile(
 
         Args:
             name_or_path (`str` or `Path`):
-                Folder, or repository on the Hub.
+                Folder, or repository on the Hub; `"owner/name@revision"` pins one.
             revision (`str`, *optional*):
                 Branch, tag or commit of the repository.
             token (`str` or `bool`, *optional*):
-                To read a private repository.
+                To read a private repository; by default the one of `hf auth login`.
             cache_dir (`str` or `Path`, *optional*):
                 Where downloads are kept.
             local_files_only (`bool`, *optional*, defaults to `False`):
@@ -342,23 +404,25 @@ class HeadProfile(
         Raises:
             `ValueError`: if there is no profile, or one that is damaged or newer than this package; the message names the
                 file and what is wrong with it.
+            `ConnectionError`: if the Hub cannot be reached and the cache does not have it.
         """
-        folder = Path(name_or_path)
+        folder = Path(name_or_path).expanduser()
         if not folder.is_dir():
-            if not REPO_ID.fullmatch(str(name_or_path)):
-                raise ValueError(f"There is no folder {name_or_path}, and it is no name of a repository on the Hub.")
-            # Both files of one commit.
-            folder = Path(
-                snapshot_download(
-                    str(name_or_path),
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    force_download=force_download,
-                    allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+            name, pinned = split_reference(str(name_or_path))
+            if pinned is not None and revision not in (None, pinned):
+                raise ValueError(
+                    f"{str(name_or_path)!r} names another revision than `revision`, which is {revision!r}."
                 )
-            )
+            options = {
+                "revision": pinned or revision,
+                "token": token,
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+                "force_download": force_download,
+            }
+            with explained(name, pinned or revision):
+                # Both files of one commit.
+                folder = snapshot(name, [CONFIG_NAME, WEIGHTS_NAME], [], options)
         arguments = read_config(folder / CONFIG_NAME) | read_tensors(folder / WEIGHTS_NAME)
         try:
             return cls(**arguments)
@@ -482,11 +546,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a head profile without its format version, which must be ours."""
     if not path.is_file():
         raise ValueError(f"There is no head profile in {path.parent}: it has no {path.name}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    version = config.pop("format_version", None) if isinstance(config, dict) else None
+    config = read_json(path)
+    version = config.pop("format_version", None)
     if type(version) is not int:
         raise ValueError(f"{path} does not belong to a head profile: it has no `format_version`.")
     if version > FORMAT_VERSION:
@@ -506,8 +567,8 @@ def read_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
         raise ValueError(f"The head profile in {path.parent} lacks its {path.name}; no other weight format is read.")
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {DOWNLOAD_AGAIN}.") from error
     parts: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "variance": {}}
     for name, tensor in tensors.items():
         part, _, array = name.partition(".")

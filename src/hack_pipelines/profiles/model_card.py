@@ -1,19 +1,18 @@
 """The card of a head profile."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard
+
+from ..hub.cards import as_base_model, results_text, sealed_card
 
 
 if TYPE_CHECKING:
     from .head_profile import HeadProfile
 
 
-CARD = """---
-{metadata}
----
-
-# Head profile of {title}
+CARD = """# Head profile of {title}
 
 What the {num_heads_total} self-attention heads of {title} look at, {origin}.
 The Python package `hack_pipelines` plans with it which keys and values each head may forget.
@@ -26,7 +25,7 @@ The Python package `hack_pipelines` plans with it which keys and values each hea
 from hack_pipelines import HackVARPipeline
 
 pipe = HackVARPipeline.from_pretrained("{base_model}")
-pipe.load_head_profile("folder or repository of this profile")
+pipe.load_head_profile({reference})
 image = pipe({arguments}).images[0]
 ```
 
@@ -37,6 +36,8 @@ image = pipe({arguments}).images[0]
 {facts}
 
 {ending}
+
+{results}
 """
 
 TYPES = """![Head types by layer and head](head_map.png)
@@ -51,19 +52,29 @@ every input and seed, so that the run can be repeated."""
 NO_TYPES_ENDING = """`profile.safetensors` holds the array that gives these orders; `config.json` names the file that they were read from."""
 
 
-def card_text(profile: "HeadProfile", metadata: dict[str, Any]) -> str:
+def profile_card(
+    profile: "HeadProfile",
+    metadata: dict[str, Any],
+    repo_id: str | None = None,
+    revision: str | None = None,
+    results: str | Path | None = None,
+) -> ModelCard:
     """
-    The card as Markdown, metadata included.
+    The card of a head profile.
 
     Args:
         profile ([`HeadProfile`]):
             What it describes.
         metadata (`dict`):
             Of every head profile: library, licence, tags.
+        repo_id (`str`, *optional*):
+            Where it is going to be.
+        revision (`str`, *optional*):
+            Its tag or branch there.
+        results (`str` or `Path`, *optional*):
+            Folder of a comparison that was drawn with it.
     """
-    # The Hub links models by repository, and refuses other names.
-    if profile.base_model is not None and profile.base_model.count("/") == 1:
-        metadata = {**metadata, "base_model": profile.base_model}
+    base_model = as_base_model(profile.base_model)
     first = profile.inputs[0]
     argument = f"prompt={first!r}" if isinstance(first, str) else f"class_labels={first}"
     samples = "one image" if profile.num_samples == 1 else f"{profile.num_samples} images"
@@ -81,14 +92,17 @@ def card_text(profile: "HeadProfile", metadata: dict[str, Any]) -> str:
             "arguments": 'prompt="a lighthouse", kv_budget=0.1, method="heatkv"',
             "ending": NO_TYPES_ENDING,
         }
-    return CARD.format(
-        metadata=ModelCardData(**metadata).to_yaml(),
+    pinned = "" if revision is None else f', revision="{revision}"'
+    text = CARD.format(
         title=profile.title,
         num_heads_total=profile.num_layers * profile.num_heads,
         base_model=profile.base_model or "the model",
+        reference=f'"{repo_id or "folder or repository of this profile"}"{pinned}',
         facts="\n".join(f"| {name} | {value} |" for name, value in facts(profile).items()),
+        results="" if results is None else results_text(results),
         **parts,
     )
+    return sealed_card({**metadata, "base_model": base_model}, text)
 
 
 def gap_text(profile: "HeadProfile") -> str:

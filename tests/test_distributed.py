@@ -1,0 +1,292 @@
+"""One list of pictures drawn by several real processes, which may be killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hack_pipelines import HackVARPipeline
+from hack_pipelines.cli import main
+from hack_pipelines.distributed import PictureFolder, Worker, fingerprint, split_work
+from hack_pipelines.methods import get_method
+from hack_pipelines.result_folder import first_difference
+
+from .components import seeds, tiny_text_pipeline
+
+
+SIZES = [(side, side) for side in (1, 2, 4, 6, 8, 12, 16)]
+PROMPTS = ["a red apple", "a blue house", "a smiling cat", "a lighthouse in a storm"]
+LONG_ENOUGH_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("distributed") / "model"
+    tiny_text_pipeline(SIZES).save_pretrained(folder)
+    return str(folder)
+
+
+def arguments(model: str, folder: Path, prompts: list[str], *more: str) -> list[str]:
+    fixed = ["--model", model, "--device", "cpu", "--kv-budget", "0.3", "--method", "random", "--batch-size", "2"]
+    return ["generate", *prompts, *fixed, "--seed", "5", "--output-dir", str(folder), *more]
+
+
+def launched(argv: list[str], processes: int = 2) -> subprocess.Popen:
+    """`torchrun` at work, with the threads that this process draws with."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*command, "-m", "hack_pipelines.cli", *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# Real processes
+
+
+def test_two_processes_draw_what_one_draws(model, tmp_path, capsys):
+    prompts = [*PROMPTS, "a cat"]
+    assert main(arguments(model, tmp_path / "one", prompts)) == 0
+    alone = capsys.readouterr().out.splitlines()
+    assert alone[0] == f"{tmp_path / 'one'}: 5 pictures, listed in manifest.jsonl"
+    process = launched(arguments(model, tmp_path / "two", prompts))
+    out, err = process.communicate(timeout=LONG_ENOUGH_SECONDS)
+    assert process.returncode == 0, err
+    # The main process draws two of three batches, and speaks for both.
+    lines = out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"{tmp_path / 'two'}: ") and lines[1] == alone[1]
+    # Pictures, records, manifest and settings, to the last byte.
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert len(contents(tmp_path / "one")) == 2 * 5 + 2
+
+
+def test_a_rerun_completes_what_a_killed_worker_left(model, tmp_path):
+    # Slow enough to be caught at work, and batches of two, so that one may be left half done.
+    prompts = PROMPTS * 10
+    folder = tmp_path / "killed"
+    process = launched(arguments(model, folder, prompts))
+    try:
+        worker = killed_after_its_first_picture(process, folder)
+        _, err = process.communicate(timeout=LONG_ENOUGH_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode != 0 and f"(pid: {worker})" in err
+    left = PictureFolder(folder, prompts, 2, 5).missing()
+    assert 0 < len(left) < len(prompts) and not (folder / "manifest.jsonl").exists()
+    drawn = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert all(Image.open(path).load() is not None for path in drawn)
+    assert main(arguments(model, folder, prompts)) == 0
+    assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
+    assert main(arguments(model, tmp_path / "undisturbed", prompts)) == 0
+    # A file that was being written when the process died keeps its other name.
+    finished = {name: data for name, data in contents(folder).items() if not name.startswith(".")}
+    assert finished == contents(tmp_path / "undisturbed")
+
+
+def killed_after_its_first_picture(process: subprocess.Popen, folder: Path) -> int:
+    """Kill the second worker when it has written a picture."""
+    end = time.monotonic() + LONG_ENOUGH_SECONDS
+    while not any(folder.glob("00002-*.png")):
+        if process.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(process.communicate()[1])
+        time.sleep(0.001)
+    for worker in psutil.Process(process.pid).children():
+        if worker.environ().get("RANK") == "1":
+            worker.send_signal(signal.SIGKILL)
+            return worker.pid
+    raise RuntimeError("There is no second worker.")
+
+
+def test_processes_without_a_folder_are_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["generate", "a cat", "-o", str(tmp_path / "a.png")]) == 2
+    assert capsys.readouterr().err == (
+        "hack-pipelines, process 1 of 2: error: 2 processes were started, which cannot write one file together: give "
+        "`--output-dir FOLDER`.\n"
+    )
+
+
+def test_a_device_map_is_refused_where_it_cannot_be_meant(monkeypatch, capsys, tmp_path):
+    argv = ["generate", "a cat", "--output-dir", str(tmp_path), "--device-map", "balanced"]
+    assert main([*argv, "--device", "cpu"]) == 2
+    assert "`--device-map balanced` chooses the devices itself: leave out `--device cpu`." in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert main(argv) == 2
+    assert "but 4 processes were started on this one: start one on each machine" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# One process, again and again
+
+
+def test_a_record_tells_how_a_picture_was_drawn(model, tmp_path):
+    assert main(arguments(model, tmp_path, PROMPTS[:3], "--top-p", "0.8", "--height", "32")) == 0
+    pipe = HackVARPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(PROMPTS[2:3], generator=seeds(7), kv_budget=0.3, method="random", top_p=0.8, height=32)
+    record = records(tmp_path)[2]
+    assert json.loads((tmp_path / "00002-a-smiling-cat-7.json").read_text()) == record
+    assert Image.open(tmp_path / record["file"]).tobytes() == output.images[0].tobytes()
+    assert [record[name] for name in ("index", "seed", "prompt", "batch")] == [2, 7, "a smiling cat", [2, 3]]
+    assert record["cache"] == json.loads(json.dumps(vars(output.cache_report)))
+    assert record["model"] == {
+        "name": model,
+        "variant": None,
+        "fingerprint": fingerprint(Path(model)),
+        "head_profile": None,
+        "dtype": "float32",
+    }
+    settings = record["settings"]
+    assert settings["kv_budget"] == 0.3 and settings["method"] == repr(get_method("random"))
+    # What was typed, and the model's own where nothing was.
+    assert settings["sampling"]["top_p"] == [0.8] * 7 and settings["sampling"]["guidance"] == [3.0] * 7
+    assert settings["scale_schedule"] == [list(size) for size in SIZES]
+    assert record["device"] == "cpu" and record["software"].keys() >= {"hack_pipelines", "torch", "diffusers"}
+
+
+def test_what_is_there_is_not_drawn_again(model, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    assert main(arguments(model, folder, PROMPTS)) == 0
+    before = contents(folder)
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    # A picture and a record are lost: their batches are drawn again, and the rest of these left alone.
+    (folder / "00001-a-blue-house-6.png").unlink()
+    (folder / "00002-a-smiling-cat-7.json").unlink()
+    (folder / "manifest.jsonl").unlink()
+    assert main(arguments(model, folder, PROMPTS)) == 0
+    assert contents(folder) == before
+    kept = ["00000-a-red-apple-5.png", "00003-a-lighthouse-in-a-storm-8.png"]
+    assert {name for name in times if (folder / name).stat().st_mtime_ns == times[name]} == set(kept)
+    # Nothing to do: the cache is not spoken of.
+    capsys.readouterr()
+    assert main(arguments(model, folder, PROMPTS)) == 0
+    assert capsys.readouterr().out == f"{folder}: 4 pictures, listed in manifest.jsonl\n"
+
+
+def test_other_settings_are_refused(model, tmp_path, capsys):
+    assert main(arguments(model, tmp_path, PROMPTS)) == 0
+    before = contents(tmp_path)
+
+    def refused(prompts: list[str], *more: str) -> str:
+        capsys.readouterr()
+        assert main(arguments(model, tmp_path, prompts, *more)) == 2
+        return capsys.readouterr().err.removeprefix("hack-pipelines: error: ")
+
+    assert refused(PROMPTS, "--kv-budget", "0.5") == (
+        f"{tmp_path} holds results with other settings: kv_budget was 0.3 and is now 0.5. Name another folder, or remove "
+        "this one.\n"
+    )
+    for more, difference in (
+        (["--batch-size", "4"], "batch_size was 2 and is now 4"),
+        (["--seed", "0"], "seed was 5 and is now 0"),
+        (["--dtype", "bf16"], "dtype was 'fp32' and is now 'bf16'"),
+        (["--negative-prompt", "a storm"], "negative_prompt was None and is now 'a storm'"),
+        (["--num-images", "2"], "inputs[1] was 'a blue house' and is now 'a red apple'"),
+        (["--model", "demo"], "model was "),
+    ):
+        assert difference in refused(PROMPTS, *more)
+    assert "inputs[2] was 'a smiling cat' and is now 'a dog'" in refused([*PROMPTS[:2], "a dog", *PROMPTS[3:]])
+    assert "inputs had 4 entries and now has 2" in refused(PROMPTS[:2])
+    assert contents(tmp_path) == before
+
+
+def test_a_trained_model_under_the_same_name_is_another(model, tmp_path, capsys):
+    path = tmp_path / "model"
+    pipe = HackVARPipeline.from_pretrained(model)
+    pipe.save_pretrained(path)
+    assert main(arguments(str(path), tmp_path / "pictures", ["a cat"])) == 0
+    pipe.vae.decoder.conv_in.bias.data += 1e-3
+    pipe.vae.save_pretrained(path / "vae")
+    assert main(arguments(str(path), tmp_path / "pictures", ["a cat"])) == 2
+    assert "fingerprint was " in capsys.readouterr().err
+
+
+def test_a_list_grows_by_whole_batches(model, tmp_path, capsys):
+    assert main(arguments(model, tmp_path / "a", PROMPTS[:2])) == 0
+    assert main(arguments(model, tmp_path / "a", PROMPTS[:3])) == 0
+    assert main(arguments(model, tmp_path / "whole", PROMPTS[:3])) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "whole")
+    capsys.readouterr()
+    assert main(arguments(model, tmp_path / "a", PROMPTS)) == 2
+    assert capsys.readouterr().err == (
+        f"hack-pipelines: error: {tmp_path / 'a'} holds a list of 3 pictures. Its last batch has 1 of 2, and would change "
+        "if pictures were added to the list: draw the new ones into another folder.\n"
+    )
+    assert contents(tmp_path / "a") == contents(tmp_path / "whole")
+
+
+def test_a_command_that_drew_nothing_binds_nothing(model, tmp_path, capsys):
+    assert main(arguments(model, tmp_path, PROMPTS, "--kv-budget", "1")) == 2
+    assert "`kv_budget=1` leaves 1 tokens a head" in capsys.readouterr().err
+    assert main(arguments(model, tmp_path, PROMPTS)) == 0
+
+
+# Splitting
+
+
+@given(st.integers(0, 40), st.integers(1, 7), st.sets(st.integers(0, 39)), st.integers(1, 5))
+def test_every_missing_picture_is_drawn_once_in_its_own_batch(tmp_path_factory, total, batch_size, there, processes):
+    folder = PictureFolder(tmp_path_factory.mktemp("split"), ["a cat"] * total, batch_size)
+    picture = Image.new("RGB", (1, 1))
+    for index in there:
+        folder.save(index, "a cat", picture, {})
+    batches = folder.unfinished_batches()
+    shares = [Worker(index, processes).share(batches) for index in range(processes)]
+    drawn = sorted(index for share in shares for batch in share for index in batch)
+    assert len(drawn) == len(set(drawn)) and set(drawn) >= set(range(total)) - there
+    # A batch is the same whatever is there, and it is drawn only if it has to be.
+    for batch in batches:
+        assert batch == range(batch[0], min(batch[0] + batch_size, total)) and batch[0] % batch_size == 0
+        assert set(batch) - there
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_alone_a_process_does_everything():
+    assert split_work(["a", "b", "c"]) == (Worker(0, 1, "cpu"), ["a", "b", "c"])
+
+
+def test_the_manifest_is_there_when_all_is(tmp_path):
+    folder = PictureFolder(tmp_path, ["a cat", "a dog"], seed=3)
+    picture = Image.new("RGB", (1, 1))
+    folder.save(1, "a dog", picture, {"prompt": "a dog"})
+    assert folder.write_manifest() == 1 and not folder.manifest.exists()
+    folder.save(0, "a cat", picture, {"prompt": "a cat"})
+    assert folder.write_manifest() == 0
+    assert records(tmp_path) == [
+        {"index": 0, "file": "00000-a-cat-3.png", "seed": 3, "prompt": "a cat"},
+        {"index": 1, "file": "00001-a-dog-4.png", "seed": 4, "prompt": "a dog"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "wanted", "expected"),
+    [
+        (1, 2, "x was 1 and is now 2"),
+        ([1, [2, 3]], [1, [2, 4]], "x[1][1] was 3 and is now 4"),
+        ([1], [1, 2], "x had 1 entries and now has 2"),
+        (None, "a" * 100, f"x was None and is now '{'a' * 76}..."),
+    ],
+)
+def test_the_first_difference_is_named(earlier, wanted, expected):
+    assert first_difference("x", earlier, wanted) == expected
