@@ -13,12 +13,15 @@ class Schedule:
     Args:
         sizes (`tuple[tuple[int, int], ...]`):
             Height and width of the token map of every scale.
+        raster (`bool`, *optional*, defaults to `False`):
+            Whether these are the lines of one map that is drawn token by token.
 
     Raises:
         `ValueError`: if there is no scale or a side is not a positive whole number.
     """
 
     sizes: tuple[tuple[int, int], ...]
+    raster: bool = False
 
     def __post_init__(self):
         if not self.sizes or any(side < 1 for size in self.sizes for side in size):
@@ -32,7 +35,7 @@ class Schedule:
     @classmethod
     def from_lines(cls, height: int, width: int) -> "Schedule":
         """An image that is drawn token by token, line by line: what a scale is elsewhere, a line of `width` tokens is here."""
-        return cls(((1, int(width)),) * int(height))
+        return cls(((1, int(width)),) * int(height), raster=True)
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -41,7 +41,9 @@ def text_config(kv_heads: int = 4, **overrides) -> dict:
 
 def llama(kv_heads: int = 4) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return sharpened(LlamaForCausalLM(LlamaConfig(**text_config(kv_heads), pad_token_id=0, bos_token_id=1, eos_token_id=None)))
+    return sharpened(
+        LlamaForCausalLM(LlamaConfig(**text_config(kv_heads), pad_token_id=0, bos_token_id=1, eos_token_id=None))
+    )
 
 
 def janus(kv_heads: int = 4) -> JanusForConditionalGeneration:
@@ -66,9 +68,7 @@ def janus(kv_heads: int = 4) -> JanusForConditionalGeneration:
         "image_token_embed_dim": 64,
         "num_hidden_layers": 1,
     }
-    config = JanusConfig(
-        text_config=text_config(kv_heads), vision_config=vision, vq_config=vq, image_token_id=3
-    )
+    config = JanusConfig(text_config=text_config(kv_heads), vision_config=vision, vq_config=vq, image_token_id=3)
     model = sharpened(JanusForConditionalGeneration(config))
     model.generation_config.pad_token_id = 0
     model.generation_config.bos_token_id = 1
@@ -113,5 +113,7 @@ def chameleon(kv_heads: int = 4) -> ChameleonForConditionalGeneration:
         "num_res_blocks": 1,
     }
     return sharpened(
-        ChameleonForConditionalGeneration(ChameleonConfig(**text_config(kv_heads), vq_config=vq, vocabulary_map=vocabulary))
+        ChameleonForConditionalGeneration(
+            ChameleonConfig(**text_config(kv_heads), vq_config=vq, vocabulary_map=vocabulary)
+        )
     )

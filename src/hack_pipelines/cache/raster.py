@@ -1,12 +1,13 @@
 """The cache of models that draw token by token: head groups with room for a line, which each row fills with heads of its own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from ..methods import RASTER_METHODS, Geometry, Method, Plan, get_method
-from ..methods.lines import LineView
+from ..methods import RASTER_METHODS, Geometry, LayerPlan, Method, Plan, get_method
+from ..methods.lines import LineView, TellsHeads
 from ..methods.selection import top
 from ..schedule import Schedule
 from .attention import attention
@@ -19,7 +20,7 @@ DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 """Attention to tensors that nothing has left: query `[rows, query heads, 1, head_dim]`, then all keys and values."""
 
 
-@dataclass
+@dataclass(eq=False)
 class LineGroup:
     """
     Heads of a layer that hold the same number of tokens. Their planes have room for the line that is being drawn.
@@ -46,6 +47,31 @@ class LineGroup:
     carried: torch.Tensor | None
     label: str
     tokens: int
+
+
+@dataclass(frozen=True)
+class LinePlan:
+    """
+    What happens at the end of a line, the same in all layers.
+
+    Args:
+        store (`tuple[int, ...]`):
+            Image tokens that a head of each group holds afterwards.
+        loses (`bool`):
+            Whether any goes.
+        identifies (`bool`):
+            Whether heads are looked at.
+        ranks (`bool`):
+            Whether the method reads the line's queries, for one of these or for what tokens carry.
+        columns (`tuple[int, ...]`):
+            Which of them.
+    """
+
+    store: tuple[int, ...]
+    loses: bool
+    identifies: bool
+    ranks: bool
+    columns: tuple[int, ...]
 
 
 class RasterCache:
@@ -112,18 +138,23 @@ class RasterCache:
         self.line_end = line_end
         self.sharing = sharing
         self.strict = strict
-        if not isinstance(kv_budget, str):
-            # Whether it suffices does not depend on the model.
-            self._plan(Geometry(self.schedule, 1, 1, 1), TokenBytes(1, 1))
+        if kv_budget is not None:
+            # Its form; and where it is not in bytes, whether it suffices, which does not depend on the model.
+            smallest = Geometry(self.schedule, 1, 1, 1), TokenBytes(1, 1)
+            budget_tokens(kv_budget, *smallest)
+            if not isinstance(kv_budget, str):
+                self._plan(*smallest)
         self.reset()
 
     def reset(self):
         """Forget everything, as if no token had been seen."""
         self.layers: list[RasterLayer] = []
-        self.condition = self.given_condition
+        # Tokens before the image; 0 while it is not known.
+        self.condition = self.given_condition or 0
         self.plan: Plan | None = None
+        self.lines: list[LinePlan] = []
         self.lossless = self.kv_budget is None
-        self.meter: CacheMeter | None = None
+        self._meter: CacheMeter | None = None
         self.finite: torch.Tensor | None = None
         self._itemsize = 0
 
@@ -141,15 +172,27 @@ class RasterCache:
         Raises:
             `ValueError`: if no line is complete yet.
         """
-        if self.meter is None or not self.meter.boundaries:
+        if self._meter is None or not self._meter.boundaries:
             raise ValueError("No line is complete yet: there is nothing to report.")
-        condition = self.condition or 0
-        return self.meter.report(
-            condition + self.schedule.total,
-            condition + self.schedule.cacheable,
+        return self._meter.report(
+            self.condition + self.schedule.total,
+            self.condition + self.schedule.cacheable,
             self._itemsize,
             key_itemsize=self._itemsize,
+            full_note="all tokens",
         )
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an image token has come."""
+        return self._meter is not None
+
+    @property
+    def meter(self) -> CacheMeter:
+        """Counts what is held."""
+        if self._meter is None:
+            raise ValueError("No image token has come yet: there is nothing to count.")
+        return self._meter
 
     def begin(self, key: torch.Tensor):
         """Settle the plan, when the first image token has come."""
@@ -158,7 +201,8 @@ class RasterCache:
         metadata = self.method.metadata_bytes
         self.plan = self._plan(geometry, TokenBytes(self.rows_per_image, key.element_size(), metadata))
         self.lossless = self.plan is None
-        self.meter = CacheMeter(len(self.layers), heads, head_dim, rows, rows // self.rows_per_image)
+        self.lines = [] if self.plan is None else line_plans(self.plan, self.method)
+        self._meter = CacheMeter(len(self.layers), heads, head_dim, rows, rows // self.rows_per_image)
         self._itemsize = key.element_size()
 
     def _plan(self, geometry: Geometry, token_bytes: TokenBytes) -> Plan | None:
@@ -167,7 +211,7 @@ class RasterCache:
             return None
         if isinstance(self.kv_budget, str):
             # The condition and the line that is being drawn lie beside what the budget is for.
-            beside = (self.condition or 0) + (0 if self.strict else self.width)
+            beside = self.condition + (0 if self.strict else self.width)
             budget = budget_tokens(self.kv_budget, geometry, token_bytes) - beside
         else:
             budget = budget_tokens(self.kv_budget, geometry, token_bytes)
@@ -188,17 +232,16 @@ class RasterCache:
 
 class RasterLayer:
     """
-    One layer of a [`RasterCache`]. For each token [`~RasterLayer.append`] is called, then, where `needs_query` says so,
-    [`~RasterLayer.attend`].
+    One layer of a [`RasterCache`]. For each token [`~RasterLayer.append`] is called, and [`~RasterLayer.attend`] where that
+    gives nothing back.
     """
 
     def __init__(self, cache: RasterCache, index: int):
         self.cache = cache
         self.index = index
         self.seen = 0
-        self.key: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
-        self.carried: torch.Tensor | None = None
+        # All heads in one group that nothing has left, and afterwards those of the plan.
+        self.whole: LineGroup | None = None
         self.groups: list[LineGroup] = []
         self.queries: torch.Tensor | None = None
         self.evidence: torch.Tensor | None = None
@@ -207,19 +250,14 @@ class RasterLayer:
     @property
     def image_tokens(self) -> int:
         """Image tokens that were seen."""
-        return max(0, self.seen - (self.cache.condition or self.seen))
+        return max(0, self.seen - self.cache.condition) if self.cache.condition else 0
 
     @property
     def step(self) -> int:
         """The line of the token that was seen last."""
         return (self.image_tokens - 1) // self.cache.width
 
-    @property
-    def needs_query(self) -> bool:
-        """Whether attention from the token that was appended last goes through [`~RasterLayer.attend`]."""
-        return bool(self.groups) or (self.image_tokens > 0 and self._is_ranked(self.step))
-
-    def append(self, key: torch.Tensor, value: torch.Tensor):
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """
         Take the keys and values of new tokens.
 
@@ -227,32 +265,37 @@ class RasterLayer:
             key, value (`torch.Tensor`):
                 `[rows, heads, tokens, head_dim]`; one token, except before the image and where nothing ever has to go.
 
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`, *optional*: all keys and values, for the model's own attention; `None` where
+            [`~RasterLayer.attend`] has to be called with the query.
+
         Raises:
             `ValueError`: if several image tokens come at once, or more than the grid and a line behind it have room for.
         """
         cache, tokens = self.cache, key.shape[2]
-        if cache.condition is None:
+        if not cache.condition:
             cache.condition = tokens
         is_image = self.seen + tokens > cache.condition
-        if is_image and cache.meter is None:
+        if is_image and not cache.has_begun:
             cache.begin(key)
-        if is_image and tokens > 1 and not cache.lossless:
+        if is_image and tokens != 1 and not cache.lossless:
             raise ValueError(
                 f"{tokens} tokens came at once after {self.seen} tokens, {cache.condition} of which come before the image, but "
                 "image tokens must come one by one. A cache serves one generation: make a new one, or `reset` it. If the "
                 "prompt comes in parts, say with `condition_tokens` how long it is."
             )
         self.seen += tokens
-        if self.groups:
-            for group in self.groups:
-                self._write(group, key, value)
-        else:
-            self.key = key if self.key is None else torch.cat((self.key, key), dim=2)
-            self.value = value if self.value is None else torch.cat((self.value, value), dim=2)
+        for group in self.groups:
+            self._write(group, key, value)
+        if not self.groups:
+            self._join(key, value)
+        line = self._line()
+        needs_query = self.whole is None or (line is not None and line.ranks)
         if is_image:
             self._count(key.shape[1], tokens)
-            if not self.needs_query and self.image_tokens % cache.width == 0:
+            if not needs_query and self.image_tokens % cache.width == 0:
                 self._commit()
+        return None if self.whole is None or needs_query else (self.whole.key, self.whole.value)
 
     def attend(
         self, query: torch.Tensor, mask: torch.Tensor | None, scale: float, dense_attention: DenseAttention
@@ -273,46 +316,28 @@ class RasterLayer:
         Returns:
             `torch.Tensor`: `[rows, query heads, 1, head_dim]`.
         """
-        shared = query.squeeze(2).unflatten(1, (self._num_heads(), -1))
-        if self.groups:
-            output = self._attend_to_groups(shared, mask, scale).flatten(1, 2).unsqueeze(2)
+        heads = sum(group.heads.shape[1] for group in self._present())
+        shared = query.squeeze(2).unflatten(1, (heads, -1))
+        if self.whole is not None:
+            output = dense_attention(query, self.whole.key, self.whole.value)
         else:
-            output = dense_attention(query, self.key, self.value)
+            output = self._attend_to_groups(shared, mask, scale).flatten(1, 2).unsqueeze(2)
         column = (self.image_tokens - 1) % self.cache.width
-        if self._is_ranked(self.step):
-            self._observe(shared, column)
+        self._observe(shared, column)
         if column == self.cache.width - 1:
             self._end_line(mask, scale)
         return output
 
     # -- what a step is ------------------------------------------------------------------------------------------------
 
-    def _num_heads(self) -> int:
-        if self.groups:
-            return sum(group.heads.shape[1] for group in self.groups)
-        return self.key.shape[1]
+    def _present(self) -> list[LineGroup]:
+        """All tokens that are held."""
+        return self.groups if self.whole is None else [self.whole]
 
-    def _is_ranked(self, step: int) -> bool:
-        """Whether the queries of a line are needed at its end."""
-        cache = self.cache
-        if cache.plan is None or step >= len(cache.schedule):
-            return False
-        return (
-            cache.method.carries_scores
-            or step in cache.method.identifying_steps(cache.plan)
-            or self._has_to_lose(step)
-        )
-
-    def _has_to_lose(self, step: int) -> bool:
-        """Whether tokens go at the end of a line."""
-        stored = self._stored(step)
-        before = self._stored(step - 1) if step else (0,) * len(stored)
-        return any(old + self.cache.width > new for old, new in zip(before, stored))
-
-    def _stored(self, step: int) -> tuple[int, ...]:
-        """What each group holds after a line. The last line has no successor in the plan: it leaves what that before it does."""
-        store = self.cache.plan.layers[self.index].store
-        return store[min(step, len(store) - 2)]
+    def _line(self) -> LinePlan | None:
+        """What happens at the end of the line of the token that was seen last; nothing behind the grid."""
+        step = self.step
+        return self.cache.lines[step] if 0 <= step < len(self.cache.lines) else None
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
@@ -350,6 +375,16 @@ class RasterLayer:
 
     # -- storage -------------------------------------------------------------------------------------------------------
 
+    def _join(self, key: torch.Tensor, value: torch.Tensor):
+        """Add new tokens to those that lie together."""
+        if self.whole is None:
+            heads = torch.arange(key.shape[1], device=key.device).expand(len(key), -1)
+            self.whole = LineGroup(heads, key, value, None, None, "", 0)
+        else:
+            self.whole.key = torch.cat((self.whole.key, key), dim=2)
+            self.whole.value = torch.cat((self.whole.value, value), dim=2)
+        self.whole.tokens = self.image_tokens
+
     def _write(self, group: LineGroup, key: torch.Tensor, value: torch.Tensor):
         """Put the new token into the next free slot."""
         place = self.cache.condition + group.tokens
@@ -360,62 +395,71 @@ class RasterLayer:
             )
         group.key[:, :, place] = of_heads(key.squeeze(2), group.heads)
         group.value[:, :, place] = of_heads(value.squeeze(2), group.heads)
-        group.ids[:, :, group.tokens] = self.image_tokens - 1
+        if group.ids is not None:
+            group.ids[:, :, group.tokens] = self.image_tokens - 1
         group.tokens += 1
 
-    def _split(self, step: int) -> Iterator[LineGroup]:
+    def _split(self, whole: LineGroup, plan: LayerPlan) -> Iterator[LineGroup]:
         """The heads of all rows in the groups of the plan, still with all tokens."""
-        cache, heads = self.cache, self.key.shape[1]
-        evidence = self.key.new_zeros(len(self.key), heads, 0) if self.evidence is None else self.evidence
-        order = cache.method.head_order(evidence)
-        layer = cache.plan.layers[self.index]
-        for places, label in zip(layer.groups, layer.labels):
+        method = self.cache.method
+        order = whole.heads
+        if self.evidence is not None and isinstance(method, TellsHeads):
+            order = method.head_order(self.evidence)
+        for places, label in zip(plan.groups, plan.labels):
             own = order[:, list(places)].sort(dim=-1).values
-            carried = None if self.carried is None else of_heads(self.carried, own)
-            yield LineGroup(
-                own, of_heads(self.key, own), of_heads(self.value, own), None, carried, label, self.image_tokens
-            )
+            carried = None if whole.carried is None else of_heads(whole.carried, own)
+            key, value = (of_heads(plane, own) for plane in (whole.key, whole.value))
+            yield LineGroup(own, key, value, None, carried, label, whole.tokens)
 
     def _keep(self, group: LineGroup, kept: torch.Tensor, carried: torch.Tensor | None, ids: torch.Tensor, slots: int):
         """Let a group hold the tokens at some positions `[rows, heads, tokens]` of those present, in so many slots."""
         condition = self.cache.condition
-        positions = kept + condition
-        for name in ("key", "value"):
-            present = getattr(group, name)
-            chosen = tokens_at(present, positions)
-            if group.ids is None:
-                # The first time: a plane of the group's own, with room for a line.
-                rows, heads, _, head_dim = present.shape
-                plane = present.new_empty(rows, heads, condition + slots, head_dim)
-                plane[:, :, :condition] = present[:, :, :condition]
-                setattr(group, name, plane)
-            getattr(group, name)[:, :, condition : condition + kept.shape[2]] = chosen
+        rows, heads, tokens = kept.shape
         if group.ids is None:
-            group.ids = kept.new_empty(*kept.shape[:2], slots, dtype=id_dtype(self.cache.schedule.total + slots))
-            group.carried = None if carried is None else carried.new_empty(*kept.shape[:2], slots)
-        group.tokens = kept.shape[2]
-        group.ids[:, :, : group.tokens] = ids.gather(-1, kept)
-        if carried is not None:
-            group.carried[:, :, : group.tokens] = carried.gather(-1, kept)
+            # The first time: planes of the group's own, with room for a line.
+            group.ids = kept.new_empty(rows, heads, slots, dtype=id_dtype(self.cache.schedule.total + slots))
+            group.key, group.value = (
+                self._roomy(plane, kept, condition + slots) for plane in (group.key, group.value)
+            )
+            group.carried = None if carried is None else carried.new_empty(rows, heads, slots)
+        else:
+            for plane in (group.key, group.value):
+                plane[:, :, condition : condition + tokens] = tokens_at(plane, kept + condition)
+        group.tokens = tokens
+        group.ids[:, :, :tokens] = ids.gather(-1, kept)
+        if carried is not None and group.carried is not None:
+            group.carried[:, :, :tokens] = carried.gather(-1, kept)
+
+    def _roomy(self, plane: torch.Tensor, kept: torch.Tensor, slots: int) -> torch.Tensor:
+        """The condition and the tokens that are kept in a plane of so many slots."""
+        condition = self.cache.condition
+        rows, heads, _, head_dim = plane.shape
+        own = plane.new_empty(rows, heads, slots, head_dim)
+        own[:, :, :condition] = plane[:, :, :condition]
+        own[:, :, condition : condition + kept.shape[2]] = tokens_at(plane, kept + condition)
+        return own
 
     # -- the end of a line ---------------------------------------------------------------------------------------------
 
-    def _columns(self, step: int) -> tuple[int, ...]:
-        """Which queries of a line are kept until its end."""
-        columns = self.cache.method.observed_queries(self.cache.plan, step)
-        return tuple(range(self.cache.width)) if columns is None else tuple(columns)
-
     def _observe(self, query: torch.Tensor, column: int):
         """Keep the query `[rows, heads, sharing, head_dim]` of a column that is observed."""
-        columns = self._columns(self.step)
-        if column not in columns:
+        line = self._line()
+        if line is None or column not in line.columns:
             return
         rows, heads, sharing, head_dim = query.shape
-        if self.queries is None or self.queries.shape[2] != len(columns):
-            self.queries = query.new_empty(rows, heads, len(columns), sharing, head_dim)
-        self.queries[:, :, columns.index(column)] = query
+        if self.queries is None or self.queries.shape[2] != len(line.columns):
+            self.queries = query.new_empty(rows, heads, len(line.columns), sharing, head_dim)
+        self.queries[:, :, line.columns.index(column)] = query
 
-    def _view(self, group: LineGroup, store: int, mask: torch.Tensor | None, scale: float) -> LineView:
+    def _view(
+        self,
+        group: LineGroup,
+        store: int,
+        plan: Plan,
+        queries: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> LineView:
         """What the method is shown of a group."""
         cache, step = self.cache, self.step
         condition, width, old = cache.condition, cache.width, group.tokens - cache.width
@@ -426,8 +470,8 @@ class RasterLayer:
             layer=self.index,
             heads=tuple(range(group.heads.shape[1])),
             label=group.label,
-            budget=cache.plan.budget,
-            query=of_heads(self.queries, group.heads),
+            budget=plan.budget,
+            query=of_heads(queries, group.heads),
             key=key[:, :, -width:],
             value=value[:, :, -width:],
             stored_key=key[:, :, condition:-width],
@@ -438,7 +482,7 @@ class RasterLayer:
             guided=cache.rows_per_image == 2,
             stored_ids=None if group.ids is None else group.ids[:, :, :old],
             stored_carried=None if group.carried is None else group.carried[:, :, :old],
-            columns=torch.tensor(self._columns(step), device=key.device),
+            columns=torch.tensor(cache.lines[step].columns, device=key.device),
             condition_key=key[:, :, :condition],
             mask=self._mask_of(group, mask),
             line_end=cache.line_end,
@@ -446,59 +490,52 @@ class RasterLayer:
 
     def _end_line(self, mask: torch.Tensor | None, scale: float):
         """Look at the line that is complete, and let go what has to."""
-        cache, method, step = self.cache, self.cache.method, self.step
-        if self._is_ranked(step):
-            if not self.groups:
-                heads = torch.arange(self.key.shape[1], device=self.key.device).expand(len(self.key), -1)
-                whole = LineGroup(heads, self.key, self.value, None, self.carried, "", self.image_tokens)
-                if step in method.identifying_steps(cache.plan):
-                    evidence = method.head_evidence(self._view(whole, self.image_tokens, mask, scale))
-                    self.evidence = evidence if self.evidence is None else self.evidence + evidence
-                if self._has_to_lose(step):
-                    # The first of these are gone before the last ones are made.
-                    del whole
-                    self.groups = [
-                        self._shrunk(group, store, index, mask, scale)
-                        for index, (group, store) in enumerate(zip(self._split(step), self._stored(step)))
-                    ]
-                    self.key = self.value = self.carried = self.evidence = None
-                elif method.carries_scores:
-                    self.carried = method.rank(self._view(whole, self.image_tokens, mask, scale)).carried
-            else:
-                for index, (group, store) in enumerate(zip(self.groups, self._stored(step))):
-                    self._shrunk(group, store, index, mask, scale)
+        cache, method, line = self.cache, self.cache.method, self._line()
+        if line is not None and cache.plan is not None and self.queries is not None:
+            look = partial(self._view, plan=cache.plan, queries=self.queries, mask=mask, scale=scale)
+            if self.whole is not None and line.identifies and isinstance(method, TellsHeads):
+                evidence = method.head_evidence(look(self.whole, self.whole.tokens))
+                self.evidence = evidence if self.evidence is None else self.evidence + evidence
+            if line.loses:
+                groups: Iterable[LineGroup] = self.groups
+                if self.whole is not None:
+                    groups = self._split(self.whole, cache.plan.layers[self.index])
+                self.groups = [
+                    self._shrunk(group, place, line.store[place], look) for place, group in enumerate(groups)
+                ]
+                self.whole = self.evidence = None
+            elif self.whole is not None and method.carries_scores:
+                self.whole.carried = method.rank(look(self.whole, self.whole.tokens)).carried
         self._commit()
 
-    def _shrunk(self, group: LineGroup, store: int, index: int, mask: torch.Tensor | None, scale: float) -> LineGroup:
-        """A group after it has let go all but `store` tokens."""
+    def _shrunk(
+        self, group: LineGroup, place: int, store: int, look: Callable[[LineGroup, int], LineView]
+    ) -> LineGroup:
+        """A group, which is the plan's at that place, after it has let go all but `store` tokens."""
         cache = self.cache
-        view = self._view(group, store, mask, scale)
+        view = look(group, store)
         ranking = cache.method.rank(view)
         finite = torch.isfinite(ranking.scores).all()
         cache.finite = finite if cache.finite is None else cache.finite.to(finite.device) & finite
-        most = max(counts[index] for counts in cache.plan.layers[self.index].store)
-        kept = top(ranking.scores, store, ranking.tiers)
-        self._keep(group, kept, ranking.carried, view.ids, most + cache.width)
+        slots = max(line.store[place] for line in cache.lines[self.step :]) + cache.width
+        self._keep(group, top(ranking.scores, store, ranking.tiers), ranking.carried, view.ids, slots)
         return group
 
     # -- accounts ------------------------------------------------------------------------------------------------------
 
     def _count(self, heads: int, tokens: int):
         """Note what is held and looked at, when image tokens have come."""
-        if self.groups:
-            held = sum(group.heads.shape[1] * group.tokens for group in self.groups)
-            self.attended += held + heads * self.cache.condition
-        else:
-            held = heads * self.image_tokens
-            self.attended += heads * sum(range(self.seen - tokens + 1, self.seen + 1))
+        held = sum(group.heads.shape[1] * group.tokens for group in self._present())
+        # Of several tokens, which only come where nothing goes, each looks at those before it and at itself.
+        later = heads * sum(range(tokens))
+        self.attended += tokens * (held + heads * self.cache.condition) - later
         self.cache.meter.hold(self.index, held)
 
     def _commit(self):
         """Note what is held between two lines."""
         cache, condition = self.cache, self.cache.condition
-        groups = self.groups or [LineGroup(None, self.key, self.value, None, self.carried, "", self.image_tokens)]
         tensors, beside, metadata = [], [], [] if self.queries is None else [self.queries]
-        for group in groups:
+        for group in self._present():
             for plane in (group.key, group.value):
                 tensors.append(plane[:, :, condition : condition + group.tokens])
                 beside.append(plane[:, :, :condition])
@@ -518,6 +555,25 @@ class RasterLayer:
                 f"Method {cache.method.name!r} got scores that are not finite. The model's keys or queries overflowed: use a "
                 "dtype with a larger range (bfloat16 or float32)."
             )
+
+
+def line_plans(plan: Plan, method: Method) -> list[LinePlan]:
+    """What happens at the end of each line."""
+    store = plan.layers[0].store
+    identifying = method.identifying_steps(plan) if isinstance(method, TellsHeads) else range(0)
+    lines, before = [], (0,) * len(store[0])
+    for step, width in enumerate(plan.schedule.lengths):
+        # The last line has no successor in the plan: it leaves what that before it does, to what ends the image.
+        own = store[min(step, len(store) - 2)]
+        loses = any(old + width > new for old, new in zip(before, own))
+        ranks = loses or step in identifying or method.carries_scores
+        columns: Sequence[int] = ()
+        if ranks:
+            observed = method.observed_queries(plan, step)
+            columns = range(width) if observed is None else observed
+        lines.append(LinePlan(own, loses, step in identifying, ranks, tuple(columns)))
+        before = own
+    return lines
 
 
 def of_heads(tensor: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:

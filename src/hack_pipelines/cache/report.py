@@ -46,6 +46,8 @@ class CacheReport:
         cuda_peak_delta (`int`, *optional*):
             Rise of the allocated GPU memory during the whole call, for the whole batch. `None` where there is no GPU, or
             where the call did not exceed an earlier peak of the process.
+        full_note (`str`):
+            What `bytes_full` counts, in words.
     """
 
     tokens_by_step: list[float]
@@ -60,6 +62,7 @@ class CacheReport:
     bytes_full_cacheable: int
     metadata_bytes: int = 0
     cuda_peak_delta: int | None = None
+    full_note: str = "all tokens, float32 keys"
 
     def __str__(self) -> str:
         if not self.bytes_allocated_peak:
@@ -67,7 +70,7 @@ class CacheReport:
         return (
             f"{self.bytes_allocated_peak / 2**20:.2f} MiB stored at most, "
             f"{self.bytes_full / self.bytes_allocated_peak:.2f} times less than the original's "
-            f"{self.bytes_full / 2**20:.2f} MiB (all tokens, float32 keys) and "
+            f"{self.bytes_full / 2**20:.2f} MiB ({self.full_note}) and "
             f"{self.bytes_full_cacheable / self.bytes_allocated_peak:.2f} times less than lossless; "
             f"at most {self.peak_tokens:.1f} tokens a head"
         )
@@ -159,7 +162,14 @@ class CacheMeter:
         self.layer_tokens[layer] = tokens
         self.checkpoint_peak = max(self.checkpoint_peak, self.held_tokens)
 
-    def report(self, total: int, cacheable: int, itemsize: int, key_itemsize: int = ORIGINAL_KEY_BYTES) -> CacheReport:
+    def report(
+        self,
+        total: int,
+        cacheable: int,
+        itemsize: int,
+        key_itemsize: int = ORIGINAL_KEY_BYTES,
+        full_note: str = CacheReport.full_note,
+    ) -> CacheReport:
         """
         The report of the steps so far.
 
@@ -170,6 +180,8 @@ class CacheMeter:
                 Bytes of a stored element.
             key_itemsize (`int`, *optional*, defaults to 4):
                 Bytes of an element of a key in the original implementation.
+            full_note (`str`, *optional*):
+                What these bytes count, in words.
         """
         heads = self.num_layers * self.num_heads
         boundaries = self.boundaries[:-1] if self.boundaries and self.boundaries[-1][0] == 0 else self.boundaries
@@ -188,6 +200,7 @@ class CacheMeter:
             bytes_full=total * channels * (key_itemsize + itemsize),
             bytes_full_cacheable=cacheable * channels * 2 * itemsize,
             metadata_bytes=metadata_bytes // self.images,
+            full_note=full_note,
         )
 
 

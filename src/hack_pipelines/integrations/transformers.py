@@ -41,7 +41,7 @@ SHAPE_QUESTIONS = frozenset(
     {
         torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
         torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.device.__get__,
         torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
         torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
         torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
@@ -92,11 +92,11 @@ class HeadLayer(DynamicLayer):
         """Take new keys and values; give back all of them, or a handle where the query is needed."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.raster.append(key_states, value_states)
-        if self.raster.needs_query:
-            handle = KeyHandle.of(self.raster, key_states)
-            return handle, handle
-        return self.raster.key, self.raster.value
+        present = self.raster.append(key_states, value_states)
+        if present is not None:
+            return present
+        handle = KeyHandle.of(self.raster, key_states)
+        return handle, handle
 
     def get_seq_length(self) -> int:
         """Tokens that were seen, which positions and masks count with."""
@@ -241,7 +241,8 @@ class HeadKVCache(Cache):
         """Take new keys and values of a layer, see [`HeadLayer.update`]."""
         while len(self.layers) <= layer_idx:
             self.layers.append(HeadLayer(self.raster.layer(len(self.layers))))
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        return layer.update(key_states, value_states, *args, **kwargs)
 
     def reset(self) -> None:
         """Forget everything, so that the cache can serve another generation."""
@@ -408,12 +409,16 @@ def compressed_guidance(
             `[rows, tokens]`; all ones by default.
     """
     processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(
-        guidance_scale, model, negative_prompt_ids, negative_prompt_attention_mask
+        guidance_scale,
+        model,
+        negative_prompt_ids,  # type: ignore[arg-type]
+        negative_prompt_attention_mask,  # type: ignore[arg-type]
     )
-    if "past_key_values" not in processor.unconditional_context:
+    context: dict[str, Any] = processor.unconditional_context
+    if "past_key_values" not in context:
         raise RuntimeError(
             f"Guidance of transformers {transformers.__version__} keeps its cache elsewhere than this package knows: use an "
             "older release, or set `guidance_scale` on `generate` and leave the unconditional rows uncompressed."
         )
-    processor.unconditional_context["past_key_values"] = cache
+    context["past_key_values"] = cache
     return processor

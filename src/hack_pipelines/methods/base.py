@@ -12,7 +12,6 @@ from ..schedule import Schedule
 
 if TYPE_CHECKING:
     from ..profiles.head_profile import HeadProfile
-    from .lines import LineView
 
 
 # Keys of a head, and queries, that are scored at once.
@@ -429,27 +428,6 @@ class Method(ABC):
                 Index of the line, from 0.
         """
         return None
-
-    def identifying_steps(self, plan: Plan) -> range:
-        """
-        Lines at whose end [`~Method.head_evidence`] is gathered, of models that draw token by token: after the last of them
-        the heads of a row take their places in the groups of the plan, as [`~Method.head_order`] says. By default there are
-        none, and heads take them as they are numbered.
-
-        Args:
-            plan ([`Plan`]):
-                Of the image.
-        """
-        return range(0)
-
-    def head_evidence(self, view: "LineView") -> torch.Tensor:
-        """What one line tells of the heads, `[rows, heads, numbers]`; sums over the lines are looked at."""
-        return view.query.new_zeros(*view.query.shape[:2], 0)
-
-    def head_order(self, evidence: torch.Tensor) -> torch.Tensor:
-        """Which head takes each place of the plan's groups, `[rows, places]`, from `[rows, heads, numbers]`."""
-        rows, heads, _ = evidence.shape
-        return torch.arange(heads, device=evidence.device).expand(rows, -1)
 
     def merge(
         self, view: StepView, kept: torch.Tensor, key: torch.Tensor, value: torch.Tensor

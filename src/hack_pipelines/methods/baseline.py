@@ -28,7 +28,8 @@ class Baseline(Method):
         check_choice("protocol", self.protocol, ("post", "pre"))
 
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
-        return sum(geometry.schedule.lengths[:2]) + 1
+        # A scale that is kept in part has one token at least; lines are as long as those before them.
+        return sum(geometry.schedule.lengths[:2]) + (not geometry.schedule.raster)
 
     def plan(
         self,

@@ -8,7 +8,7 @@ import torch
 
 from .allocation import allocate
 from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice, uniform_plan
-from .lines import LineView, even_columns
+from .lines import LineView, TellsHeads, even_columns
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ RECENT_LINES = 2
 
 
 @dataclass
-class HeadKVAR(Method):
+class HeadKVAR(TellsHeads, Method):
     """
     Heads of a layer are ordered by how much they look beyond their neighbourhood, each image for itself, over a few early
     lines. The broader half gets the longer memory. What a head loses is spread over all ages, so that it keeps a long range.

@@ -1,11 +1,12 @@
 """What a method is shown of models that draw token by token, at the end of a line of tokens."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from .base import StepView
+from .base import Plan, StepView
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,31 @@ class LineView(StepView):
         if self.mask is not None:
             logits.masked_fill_(~self.mask[:, :, None, None], -torch.inf)
         return logits.softmax(-1).mean(3)[..., condition:]
+
+
+class TellsHeads(ABC):
+    """
+    What a method adds that tells heads apart while an image is drawn: after some lines, the heads of each row take places in
+    the groups of the plan, whose lengths are known before.
+    """
+
+    @abstractmethod
+    def identifying_steps(self, plan: Plan) -> range:
+        """
+        Lines at whose end evidence is gathered; none leaves the heads in the order of their numbers.
+
+        Args:
+            plan ([`Plan`]):
+                Of the image.
+        """
+
+    @abstractmethod
+    def head_evidence(self, view: LineView) -> torch.Tensor:
+        """What one line tells of the heads, `[rows, heads, numbers]`; sums over the lines are looked at."""
+
+    @abstractmethod
+    def head_order(self, evidence: torch.Tensor) -> torch.Tensor:
+        """Which head takes each place of the plan's groups, `[rows, places]`, from `[rows, heads, numbers]`."""
 
 
 @lru_cache(maxsize=256)

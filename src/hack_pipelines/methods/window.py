@@ -18,8 +18,8 @@ def check_window(window: int):
 
 
 def min_window_budget(geometry: Geometry) -> int:
-    """The smallest budget whose quarter is a window, and that holds more than the first two scales."""
-    return max(WINDOW_PART, sum(geometry.schedule.lengths[:2]) + 1)
+    """The smallest budget whose quarter is a window, and that holds more than the first two scales, or two lines."""
+    return max(WINDOW_PART, sum(geometry.schedule.lengths[:2]) + (not geometry.schedule.raster))
 
 
 def window_size(window: int, budget: int, tokens: int) -> int:
