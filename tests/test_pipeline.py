@@ -322,6 +322,14 @@ def test_half_precision_weights(pipe, tmp_path, dtype):
     torch.testing.assert_close(half, full, atol=0.15 * full.std().item(), rtol=0)
 
 
+def test_dtype_by_its_former_name(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = HackVARPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.transformer.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="torch.float16 .*`torch_dtype`.* torch.bfloat16"):
+        HackVARPipeline.from_pretrained(tmp_path, dtype=torch.float16, torch_dtype=torch.bfloat16)
+
+
 def test_offload_hooks_give_the_same(pipe):
     expected = draw(pipe, kv_budget=12)
     pipe.enable_model_cpu_offload(device="cpu")

@@ -92,7 +92,8 @@ class HackVARPipeline(DiffusionPipeline):
                 otherwise.
             dtype (`torch.dtype` or `dict`, *optional*):
                 Of the weights, float32 by default. Tensors that need float32 keep it, and a text encoder is float16 where
-                this is half precision, as the original runs it; a `dict` by component decides otherwise.
+                this is half precision, as the original runs it; a `dict` by component decides otherwise. `torch_dtype`,
+                its former name in diffusers, is taken too.
             head_profile (`str`, `Path`, [`HeadProfile`] or `False`, *optional*):
                 Profile to attach: a folder, a Hub repo (`"owner/name"` or `"owner/name@revision"`), the profile itself;
                 `False` is none. By default the one in the model's own `head_profile` folder, else the one that its
@@ -106,11 +107,17 @@ class HackVARPipeline(DiffusionPipeline):
             [`HackVARPipeline`]: of the subclass that the folder names.
 
         Raises:
-            `ValueError`: if the folder is no pipeline of this package, a weight is missing or has another shape, or a
-                profile that was asked for or named does not exist or fit.
+            `ValueError`: if the folder is no pipeline of this package, a weight is missing or has another shape, a
+                profile that was asked for or named does not exist or fit, or both `dtype` and `torch_dtype` are given.
             `ConnectionError`: if something is not in the cache and cannot be fetched.
         """
         refuse_code(kwargs)
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        if dtype is not None and torch_dtype is not None:
+            raise ValueError(
+                f"`dtype` is {dtype} and `torch_dtype`, its former name, is {torch_dtype}: give `dtype` alone."
+            )
+        dtype = torch_dtype if dtype is None else dtype
         hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         source = locate(str(name_or_path), variant, **hub_options)
         index = read_model_index(source.folder)
