@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput
@@ -22,7 +23,6 @@ from .layers import (
     BackendAttnProcessor,
     FeedForward,
     FusedAttention,
-    FusedAttentionMixin,
     Linear,
     LinearFP32,
     Rotary,
@@ -348,7 +348,7 @@ class InfinityTransformerBlock(nn.Module):
         return hidden_states + self.ff(modulated_norm(hidden_states, scale_ff, shift_ff, self.eps)) * gate_ff
 
 
-class InfinityTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
+class InfinityTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """
     Text-to-image transformer that predicts all bits of a scale at once from the scales before it.
 
@@ -379,7 +379,7 @@ class InfinityTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["InfinityTransformerBlock"]
+    _no_split_modules = ["InfinityTransformerBlock", "TextPooling"]
     _repeated_blocks = ["InfinityTransformerBlock"]
     _keep_in_fp32_modules = [
         "uncond_embeds",
@@ -481,7 +481,8 @@ class InfinityTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
         mask = None
         if step is None:
             levels = torch.arange(len(schedule), device=text.pooled.device)
-            levels = levels.repeat_interleave(torch.tensor(schedule.lengths, device=levels.device))
+            lengths = torch.tensor(schedule.lengths, device=levels.device)
+            levels = levels.repeat_interleave(lengths, output_size=schedule.total)
             mask = levels[:, None] >= levels[None, :]
         hidden_states = self._embed(hidden_states, text.pooled, schedule, steps)
         handle = None if kv_cache is None else kv_cache.handle
