@@ -177,18 +177,16 @@ def draw_folder(args: argparse.Namespace, texts: list[str]):
     folder.start(picture_settings(args, device))
     worker, batches = split_work(folder.unfinished_batches(), device)
     report = draw_batches(folder, batches, worker, args, texts) if batches else None
-    missing = folder.write_manifest()
-    if not worker.is_main:
-        return
-    total = len(typed)
-    if missing:
-        print(
-            f"{folder.path}: {total - missing} of {total} pictures. Other processes draw the rest and write "
-            f"{folder.manifest.name} at the end; if one was stopped, the same command draws what is missing"
-        )
-    else:
+    listed = folder.manifest.exists()
+    missing, total = folder.write_manifest(), len(typed)
+    if not missing and (worker.is_main or not listed):
         print(f"{folder.path}: {total} pictures, listed in {folder.manifest.name}")
-    if report is not None:
+    elif missing and worker.is_main:
+        print(
+            f"{folder.path}: {total - missing} of {total} pictures so far. Other processes draw the rest; if they were "
+            "stopped, give the same command again"
+        )
+    if worker.is_main and report is not None:
         print(f"cache per picture: {report}")
 
 
