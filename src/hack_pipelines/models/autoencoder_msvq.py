@@ -184,7 +184,7 @@ class MultiScaleVQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
             last = step == len(schedule) - 1
             maps = residual if last else F.interpolate(residual, size=size, mode="area")
             ids = self.quantizer.nearest(maps.permute(0, 2, 3, 1).flatten(0, 2)).view(len(maps), -1)
-            residual = residual - self.quantizer.upsample(ids, step, schedule)
+            residual = residual - self.quantizer.upsample(ids, step, schedule).to(residual.device)
             tokens.append(ids)
         return tokens
 
@@ -210,7 +210,7 @@ class MultiScaleVQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
             `tuple[torch.Tensor, torch.Tensor | None]`: the new running latent, and the next input
             `[batch, n_(k+1), latent_channels]` on the device of the codes, or `None` after the last scale.
         """
-        latents = latents + self.quantizer.upsample(codes.to(latents.device), step, schedule)
+        latents = latents + self.quantizer.upsample(codes.to(latents.device), step, schedule).to(latents.device)
         return latents, self.next_input(latents, step, schedule, codes.device)
 
     def next_input(
