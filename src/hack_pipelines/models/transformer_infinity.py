@@ -480,9 +480,7 @@ class InfinityTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         rotary = rotary_positions(schedule, steps, self.config["attention_head_dim"], text.pooled.device)
         mask = None
         if step is None:
-            levels = torch.arange(len(schedule), device=text.pooled.device)
-            lengths = torch.tensor(schedule.lengths, device=levels.device)
-            levels = levels.repeat_interleave(lengths, output_size=schedule.total)
+            levels = levels_of(schedule, steps, text.pooled.device)
             mask = levels[:, None] >= levels[None, :]
         hidden_states = self._embed(hidden_states, text.pooled, schedule, steps)
         handle = None if kv_cache is None else kv_cache.handle
@@ -525,9 +523,7 @@ class InfinityTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Token embeddings `[rows, tokens, dim]`: pooled text or latent, plus level, where the pooled text is."""
         device = pooled.device
-        lengths = [schedule.lengths[step] for step in steps]
-        levels = self.level_embed(torch.tensor(steps, device=device)).to(device)
-        levels = levels.repeat_interleave(torch.tensor(lengths, device=device), dim=0, output_size=sum(lengths))
+        levels = self.level_embed(levels_of(schedule, steps, device)).to(device)
         parts = []
         if 0 in steps:
             parts.append(pooled.unsqueeze(1) + self.pos_start.to(device) + levels[:1])
@@ -539,6 +535,11 @@ class InfinityTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             # With guidance both halves read the same latents, so these are embedded once.
             parts.append(embedded.repeat(len(pooled) // len(embedded), 1, 1))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def levels_of(schedule: Schedule, steps: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The scale that each token of some scales belongs to, `[tokens]`."""
+    return torch.tensor([step for step in steps for _ in range(schedule.lengths[step])], device=device)
 
 
 def rotary_positions(schedule: Schedule, steps: Sequence[int], head_dim: int, device: torch.device) -> Rotary:
