@@ -24,8 +24,14 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
 from hack_pipelines.cli.sheet import Sheet
-from hack_pipelines.evaluation import psnr
-from hack_pipelines.integrations.raster_models import decode, load_raster, raster_nll, sample_raster
+from hack_pipelines.evaluation import next_token_nll, psnr
+from hack_pipelines.integrations.next_token import (
+    CodeClassPipeline,
+    NextTokenPipeline,
+    class_tokens,
+    decode_codes,
+    draw_codes,
+)
 from hack_pipelines.integrations.transformers import HeadKVCache, head_attention
 from hack_pipelines.methods import HeadKVAR, Plan
 from hack_pipelines.methods.base import uniform_plan
@@ -71,7 +77,7 @@ def make_cache(method: str, budget: float) -> HeadKVCache:
     return HeadKVCache((SIDE, SIDE), budget, method)
 
 
-def measured(model, vae, tokens: torch.Tensor, classes: torch.Tensor, method: str, budget: float | None) -> dict:
+def measured(pipe: CodeClassPipeline, sequences: torch.Tensor, method: str, budget: float | None) -> dict:
     """Likelihood of the held-out pictures, and pictures, through one kind of cache."""
     caches: list[HeadKVCache] = []
 
@@ -81,14 +87,22 @@ def measured(model, vae, tokens: torch.Tensor, classes: torch.Tensor, method: st
         caches.append(make_cache(method, budget))
         return caches[-1]
 
+    model, codes = pipe.model, pipe.model.config.num_codes
     start = perf_counter()
     with head_attention(model):
-        nll = raster_nll(model, tokens, classes, cache_factory).double().mean(1)
-        seconds = (perf_counter() - start) / len(tokens)
+        nll = next_token_nll(model, sequences, cache_factory, num_codes=codes, progress=True).double().mean(1)
+        seconds = (perf_counter() - start) / len(sequences)
         report = caches[0].report() if caches else None
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(DRAWN_CLASSES))]
-        drawn = sample_raster(model, torch.tensor(DRAWN_CLASSES), generator=generators, past_key_values=cache_factory())
-    pictures = torch.stack([pil_to_tensor(picture) for picture in decode(vae, drawn)])
+        drawn = draw_codes(
+            model,
+            torch.tensor(DRAWN_CLASSES),
+            SIDE * SIDE,
+            pipe.default_sampling,
+            cache_factory(),
+            generators,
+        )
+    pictures = torch.stack([pil_to_tensor(picture) for picture in decode_codes(pipe.vae, drawn)])
     return {"nll": nll, "drawn": drawn, "seconds": seconds, "report": report, "pictures": pictures}
 
 
@@ -97,7 +111,7 @@ def pil_to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def quality(model, vae, held_out: dict[str, torch.Tensor], ways: list, output: Path) -> list[dict]:
+def quality(pipe: CodeClassPipeline, sequences: torch.Tensor, ways: list, output: Path) -> list[dict]:
     """Rows of the table; those that the folder has are read."""
     path = output / "raster_quality.csv"
     rows: list[dict] = []
@@ -107,7 +121,7 @@ def quality(model, vae, held_out: dict[str, torch.Tensor], ways: list, output: P
     done = {(row["method"], row["budget"]) for row in rows}
     full = torch_load(output / "full.safetensors")
     for method, budget in tqdm([way for way in ways if (way[0], budget_text(way[1])) not in done]):
-        result = measured(model, vae, held_out["tokens"], held_out["classes"], method, budget)
+        result = measured(pipe, sequences, method, budget)
         if method == FULL:
             full = {name: result[name] for name in ("nll", "drawn", "pictures")}
             save_file(full, output / "full.safetensors")
@@ -177,7 +191,11 @@ def plot(rows: list[dict], path: Path):
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for marker, method in zip("os^vDPX*hp", dict.fromkeys(row["method"] for row in rows if row["budget"])):
-        own = sorted((float(row["tokens"]), float(row["rise"]), float(row["rise_se"])) for row in rows if row["method"] == method)
+        own = sorted(
+            (float(row["tokens"]), float(row["rise"]), float(row["rise_se"]))
+            for row in rows
+            if row["method"] == method
+        )
         tokens, rise, error = zip(*own)
         axes.errorbar(tokens, rise, error, label=method, marker=marker, ms=4, lw=1, capsize=2)
     axes.set(xlabel="image tokens a head between lines", ylabel="rise of NLL, nats per token")
@@ -193,7 +211,13 @@ def sheet(rows: list[dict], output: Path) -> Image.Image:
     budgets = sorted({row["budget"] for row in rows if row["budget"]}, reverse=True)
     methods = list(dict.fromkeys(row["method"] for row in rows if row["budget"]))
     cells = [
-        [full, *(torch_load(output / f"{file_stem(method, float(budget))}.safetensors")["pictures"] for budget in budgets)]
+        [
+            full,
+            *(
+                torch_load(output / f"{file_stem(method, float(budget))}.safetensors")["pictures"]
+                for budget in budgets
+            ),
+        ]
         for method in methods
     ]
     top = ["full cache", *(f"1/{round(1 / float(budget))}" for budget in budgets)]
@@ -225,29 +249,31 @@ class Evidence(HeadKVAR):
         return evidence
 
 
-def types(model, held_out: dict[str, torch.Tensor]):
+def types(pipe: CodeClassPipeline, sequences: torch.Tensor):
     """How well early lines tell heads apart: rank correlations of the share of near attention."""
     method = Evidence()
-    count = min(64, len(held_out["tokens"]))
-    with head_attention(model):
-        raster_nll(
-            model,
-            held_out["tokens"][:count],
-            held_out["classes"][:count],
+    count = min(64, len(sequences))
+    with head_attention(pipe.model):
+        next_token_nll(
+            pipe.model,
+            sequences[:count],
             lambda: HeadKVCache((SIDE, SIDE), (SIDE - 1) * SIDE - 1, method),
-            batch_size=count,
+            num_codes=pipe.model.config.num_codes,
+            progress=True,
         )
     layers = sorted({layer for _, layer in method.seen})
 
     def local(lines: range) -> torch.Tensor:
-        near, everything = sum(
-            torch.stack([method.seen[line, layer] for layer in layers]) for line in lines
-        ).unbind(-1)
+        near, everything = sum(torch.stack([method.seen[line, layer] for layer in layers]) for line in lines).unbind(
+            -1
+        )
         return near / everything
 
     early, late = local(range(2, 5)), local(range(SIDE - 6, SIDE - 1))
     mean_early = early.mean(1)
-    print("| layer | early with late lines, same picture | early with the mean over pictures | share of near attention by head |")
+    print(
+        "| layer | early with late lines, same picture | early with the mean over pictures | share of near attention by head |"
+    )
     print("| --- | --- | --- | --- |")
     columns = []
     for layer in layers:
@@ -270,13 +296,14 @@ def main():
     parser.add_argument("--types", action="store_true", help="how well early lines tell heads apart, and nothing else")
     parser.add_argument("--output", type=Path, default=Path("results/raster_quality"))
     args = parser.parse_args()
-    model, vae = load_raster(args.model)
+    pipe = NextTokenPipeline.from_pretrained(args.model)
     held_out = {name: tensor[: args.pictures].long() for name, tensor in load_file(args.data).items()}
+    sequences = torch.cat((class_tokens(pipe.model, held_out["labels"])[:, None], held_out["tokens"]), dim=1)
     if args.types:
-        return types(model, held_out)
+        return types(pipe, sequences)
     args.output.mkdir(parents=True, exist_ok=True)
     ways = [(FULL, None), *((method, budget) for budget in args.budgets for method in args.methods)]
-    rows = quality(model, vae, held_out, ways, args.output)
+    rows = quality(pipe, sequences, ways, args.output)
     plot(rows, args.output / "raster_quality.png")
     sheet(rows, args.output).save(args.output / "raster_pictures.png")
     full = next(row for row in rows if row["method"] == FULL)
