@@ -192,6 +192,8 @@ def draw_folder(args: argparse.Namespace, texts: list[str]):
 
 def picture_settings(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """What pictures depend on besides their inputs and seeds, as far as it is known before the model is loaded."""
+    import torch
+
     from ..hub import locate
 
     options = (*COMMON_ARGUMENTS, *(name for family in FAMILIES.values() for name in family.arguments))
@@ -202,6 +204,8 @@ def picture_settings(args: argparse.Namespace, device: str) -> dict[str, Any]:
         "head_profile": args.head_profile,
         "dtype": args.dtype or "fp32",
         "device": device,
+        # Products on the CPU are summed up in parts, one a thread.
+        "omp_num_threads": torch.get_num_threads() if device == "cpu" else None,
         **{name: getattr(args, name) for name in options},
     }
 

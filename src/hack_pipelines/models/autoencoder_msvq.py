@@ -48,6 +48,8 @@ class MultiScaleVectorQuantizer(nn.Module):
         self.residual_convs = nn.ModuleList(
             [ResidualConv(channels, abs(residual_ratio)) for _ in range(num_residual_convs)]
         )
+        margin = 1 / 3 / num_residual_convs if num_residual_convs == 4 else 1 / 2 / num_residual_convs
+        self.ticks: list[float] = np.linspace(margin, 1 - margin, num_residual_convs).tolist()
 
     def residual_conv(self, step: int, num_steps: int) -> nn.Module:
         """
@@ -55,11 +57,8 @@ class MultiScaleVectorQuantizer(nn.Module):
 
         Some scales lie half way between two ticks, so the choice is made by float64 rounding and must stay in float64.
         """
-        count = len(self.residual_convs)
-        margin = 1 / 3 / count if count == 4 else 1 / 2 / count
-        ticks = np.linspace(margin, 1 - margin, count)
         position = step / (num_steps - 1) if num_steps > 1 else 0.0
-        return self.residual_convs[int(np.argmin(np.abs(ticks - position)))]
+        return self.residual_convs[min(range(len(self.ticks)), key=lambda index: abs(self.ticks[index] - position))]
 
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
         """Ids `[rows]` of the codes nearest to `rows` `[rows, channels]`."""

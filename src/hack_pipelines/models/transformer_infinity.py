@@ -539,7 +539,7 @@ class InfinityTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
 def levels_of(schedule: Schedule, steps: Sequence[int], device: torch.device) -> torch.Tensor:
     """The scale that each token of some scales belongs to, `[tokens]`."""
-    return torch.tensor([step for step in steps for _ in range(schedule.lengths[step])], device=device)
+    return torch.cat([torch.full((schedule.lengths[step],), step, device=device) for step in steps])
 
 
 def rotary_positions(schedule: Schedule, steps: Sequence[int], head_dim: int, device: torch.device) -> Rotary:
