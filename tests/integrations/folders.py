@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from ..components import tiny_vae
-from .models import SIDE, emu3, janus, sharpened, text_config
+from .models import SIDE, chameleon, emu3, janus, sharpened, text_config
 
 
 # Ids of the special tokens are those of the models.
@@ -81,4 +81,10 @@ def code_model() -> LlamaForCausalLM:
 def save_code_model(folder: Path) -> str:
     code_model().save_pretrained(folder)
     tiny_vae().save_pretrained(folder / "vae")
+    return str(folder)
+
+
+def save_chameleon(folder: Path) -> str:
+    chameleon(2).save_pretrained(folder)
+    word_tokenizer(boi_token="<boi>").save_pretrained(folder)
     return str(folder)
