@@ -40,7 +40,9 @@ def method_lines(method: "type[Method]") -> list[str]:
     from ..methods import METHODS, RASTER_METHODS
 
     summary = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    kinds = [name for name, methods in (("next-scale", METHODS), ("next-token", RASTER_METHODS)) if method.name in methods]
+    kinds = [
+        name for name, methods in (("next-scale", METHODS), ("next-token", RASTER_METHODS)) if method.name in methods
+    ]
     # Methods are dataclasses with a default for every option, though their base class cannot say so.
     options = {option.name: option.default for option in fields(method)}  # type: ignore[arg-type]
     # Some facts follow from the options.

@@ -332,7 +332,7 @@ class ClassFamily(Family):
     input_name = "class_label"
     example = "0"
     options = {"classes": "--class", "more_smooth": "--more-smooth"}
-    arguments = ("more_smooth",)
+    arguments: ClassVar[tuple[str, ...]] = ("more_smooth",)
 
     @property
     def id2label(self) -> dict[str, str]:
@@ -370,7 +370,7 @@ class TextFamily(Family):
     input_name = "prompt"
     example = '"a lighthouse in a storm"'
     options = {"negative_prompt": "--negative-prompt", "height": "--height", "width": "--width"}
-    arguments = ("negative_prompt", "height", "width")
+    arguments: ClassVar[tuple[str, ...]] = ("negative_prompt", "height", "width")
 
     def parse(self, texts: Sequence[str]) -> list[int | str]:
         return list(texts)
@@ -384,10 +384,10 @@ class TextFamily(Family):
     def call_arguments(self, args: argparse.Namespace) -> dict[str, Any]:
         """As above; the size is settled here, so that one that the model does not draw is told of once, not every batch."""
         arguments = super().call_arguments(args)
-        size = {name: arguments.pop(name) for name in ("height", "width") if name in arguments}
+        size: dict[str, Any] = {name: arguments.pop(name) for name in ("height", "width") if name in arguments}
         return {**arguments, **self.settled(size)} if size else arguments
 
-    def settled(self, size: dict[str, int]) -> dict[str, Any]:
+    def settled(self, size: dict[str, Any]) -> dict[str, Any]:
         """What the pipeline takes instead of a size in pixels."""
         return {"scale_schedule": self.pipe.resolve_schedule(**size).sizes}
 
@@ -434,7 +434,7 @@ class Emu3Family(NextTokenFamily, TextFamily):
 
     kind = "Emu3"
 
-    def settled(self, size: dict[str, int]) -> dict[str, Any]:
+    def settled(self, size: dict[str, Any]) -> dict[str, Any]:
         return {"grid": self.pipe.resolve_grid(**size)}
 
 

@@ -141,7 +141,7 @@ class CodeChoice(LogitsProcessor):
         self.on_step = on_step
         self.chosen = 0
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """
         Args:
             input_ids (`torch.Tensor`):
@@ -259,13 +259,14 @@ class NextTokenPipeline(ABC):
         pipeline = pipeline_class(folder)
         # Looks at the files' headers: the library's own errors about damaged ones do not say which file it is.
         stored_shapes(folder, None, "model")
-        model, info = pipeline.model_class.from_pretrained(
+        loaded: Any = pipeline.model_class.from_pretrained(
             folder,
             dtype=dtype or torch.float32,
             attn_implementation="sdpa",
             use_safetensors=True,
             output_loading_info=True,
         )
+        model, info = loaded
         if info["missing_keys"]:
             # The library would draw with random numbers in their place.
             raise ValueError(
@@ -331,9 +332,10 @@ class JanusPipeline(NextTokenPipeline):
     def __init__(self, model: JanusForConditionalGeneration, processor: ProcessorMixin):
         super().__init__(model)
         self.processor: Any = processor
-        if not getattr(model.generation_config, "generation_kwargs", None):
+        generation: Any = model.generation_config
+        if not getattr(generation, "generation_kwargs", None):
             # The library loses it where a configuration came from a model's, and fails without it.
-            model.generation_config.generation_kwargs = {"boi_token_id": self.processor.tokenizer.boi_token_id}
+            generation.generation_kwargs = {"boi_token_id": self.processor.tokenizer.boi_token_id}
 
     @classmethod
     def load(cls, folder: Path, model: Any) -> "JanusPipeline":
@@ -345,7 +347,7 @@ class JanusPipeline(NextTokenPipeline):
         side = self.model.config.vq_config.num_patches
         return side, side
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         prompt: str | Sequence[str],
         guidance_scale: float | None = None,
@@ -460,7 +462,7 @@ class Emu3Pipeline(NextTokenPipeline):
             )
         return rows, columns
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         prompt: str | Sequence[str],
         negative_prompt: str | None = None,
@@ -635,7 +637,7 @@ class CodeClassPipeline(NextTokenPipeline):
             return torch.cat([torch.randint(self.num_classes, (1,), generator=entry) for entry in generator or []])
         return torch.tensor(class_ids(class_labels, self.id2label, self.num_classes))
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         class_labels: Sequence[int | str],
         guidance_scale: float | None = None,
@@ -699,7 +701,7 @@ def class_tokens(model: LlamaForCausalLM, classes: torch.Tensor) -> torch.Tensor
     Raises:
         `ValueError`: if a class does not exist.
     """
-    num_classes = len(model.config.id2label)
+    num_classes = len(model.config.id2label or {})
     if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) <= num_classes:
         raise ValueError(f"Classes must be from 0 to {num_classes} but are {classes.tolist()}.")
     return model.config.num_codes + classes
@@ -749,7 +751,7 @@ def draw_codes(
     paired = sampling.guidance_scale != 1
     ids = class_tokens(model, classes)
     if paired:
-        nothing = torch.full_like(classes, len(model.config.id2label))
+        nothing = torch.full_like(classes, len(model.config.id2label or {}))
         ids = torch.cat((ids, class_tokens(model, nothing)))
     drawn = []
     for _ in range(total):
