@@ -235,12 +235,13 @@ def test_inductor_is_close(family):
 def test_teacher_forcing_is_one_graph(family, build, whole):
     transformer = build(**({"patch_nums": SIDES} if family == "var" else {}))
     latents = torch.randn(2, SCHEDULE.total - 1, 8, generator=torch.Generator().manual_seed(0))
-    expected = transformer(latents, *arguments(family)).logits
+    given = arguments(family)
+    expected = transformer(latents, *given).logits
     counter = CompileCounterWithBackend("eager")
     if whole:
         transformer = torch.compile(transformer, fullgraph=True, backend=counter)
     else:
         transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
     for _ in range(2):
-        assert torch.equal(transformer(latents, *arguments(family)).logits, expected)
+        assert torch.equal(transformer(latents, *given).logits, expected)
         assert counter.frame_count == 1
