@@ -43,6 +43,8 @@ def test_differences_are_printed(tmp_path, capsys):
     first = with_scores([[0.1, 0.2, 0.9], [0.3, 0.8, 0.7]])
     second = with_scores([[0.1, 0.85, 0.9], [0.3, 0.2, 0.7]])
     second.seeds, second.inputs = [7, 9], [3, "x" * 100]
+    second.sampling = {**first.sampling, "top_k": [1, 0, 0]}
+    first.software, second.software = {"torch": "1" * 100 + "a" * 100}, {"torch": "1" * 100 + "b"}
     second.variance["entropy"] = second.variance["entropy"] + 1
     del second.mean["vnorm"], second.variance["vnorm"]
     for name, profile in (("first", first), ("second", second)):
@@ -52,8 +54,10 @@ def test_differences_are_printed(tmp_path, capsys):
     # Ranks 0 1 5 2 4 3 against 0 4 5 2 1 3: 1 - 6 * (9 + 9) / (6 * 35).
     correlation = 1 - 6 * 18 / 210
     assert out == [
-        f"inputs: [3, 'tabby cat'] | [3, '{'x' * 72}...",
+        "sampling.top_k: [0, 0, 0] | [1, 0, 0]",
+        f"inputs: [3, 'tabby cat'] | [3, '{'x' * 75}...",
         "seeds: [7, 8] | [7, 9]",
+        f"software.torch: ...{'1' * 20}{'a' * 60}... | ...{'1' * 20}b",
         next(line for line in out if line.startswith("colvar: means rank the same to ")),
         "entropy: equal means, other variances over samples",
         "vnorm: in the first only",

@@ -209,6 +209,7 @@ def test_converted_folder_without_a_text_encoder_takes_features_only(tmp_path):
 def test_converted_folder_is_what_save_pretrained_writes(dtype, t5, tmp_path):
     pipe = HackVARPipeline.from_original(TRANSFORMER, TOKENIZER, text_encoder=t5, dtype=dtype)
     pipe.save_pretrained(tmp_path / "saved")
+    # A converter knows nothing to say on a card.
     (tmp_path / "saved" / "README.md").unlink()
     folder = convert_original(
         TRANSFORMER, TOKENIZER, tmp_path / "converted", dtype=dtype, progress=False, text_encoder=t5

@@ -406,13 +406,15 @@ def test_calibrated_pushed_and_drawn_by_another_process(hub, tmp_path, monkeypat
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "elsewhere"), "HF_HUB_DISABLE_XET": "1"}
     argv = ["generate", "1", "--model", "org/tiny", "--kv-budget", "0.5", "--seed", "3", "-o"]
-    subprocess.run(
+    theirs = subprocess.run(
         [sys.executable, "-m", "hack_pipelines.cli", *argv, "theirs.png"],
         env={**inherited, **places, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
-        check=True,
+        check=False,
         capture_output=True,
+        text=True,
     )
+    assert theirs.returncode == 0, theirs.stderr
     monkeypatch.chdir(tmp_path)
     argv[argv.index("org/tiny")] = str(tmp_path / "model")
     assert main([*argv, "mine.png", "--head-profile", str(tmp_path / "profile")]) == 0

@@ -5,10 +5,12 @@ benchmarks measure on.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from captions import caption, clean
 from common import save_sheet
 from data import HELD_OUT_CONCEPT, HELD_OUT_PICTURE, EmojiData, load_data
 from raster import SCHEDULE, load_raster, sample_raster
@@ -34,7 +36,7 @@ def export(data: EmojiData, runs: Path, output: Path) -> None:
 
 
 def save_held_out(data: EmojiData, output: Path, path: Path) -> None:
-    """Codes and classes of all held-out pictures, as the saved tokenizer sees them.
+    """Codes and classes of all held-out pictures, as the saved tokenizer sees them, and a JSON with their captions beside.
 
     `tokens` are `[pictures, 256]` in int16, row by row, `labels` are class ids, `seen` tells other pictures of trained
     concepts from held-out concepts.
@@ -51,6 +53,8 @@ def save_held_out(data: EmojiData, output: Path, path: Path) -> None:
         },
         path,
     )
+    texts = [caption(clean(data.captions[row]), data.styles[row]) for row in rows.tolist()]
+    path.with_suffix(".json").write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
 
 
 @torch.no_grad()

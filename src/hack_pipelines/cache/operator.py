@@ -80,9 +80,11 @@ class Handle:
         Returns:
             `torch.Tensor`: `[rows, tokens, heads, head_dim]`, contiguous.
         """
-        call = _attend_operator if torch.compiler.is_compiling() else _attend
         name = None if backend is None else backend.value
-        return call(self.number, layer, query, tensors, scale, projection, name)
+        if not torch.compiler.is_compiling():
+            return _attend(self.number, layer, query, tensors, scale, projection, name)
+        autocast = torch.is_autocast_enabled(query.device.type)
+        return _operator(self.number, layer, query, tensors, scale, projection, name, autocast)
 
 
 _numbers = count()
@@ -105,16 +107,23 @@ def _attend(
     return output.transpose(1, 2).contiguous()
 
 
-_attend_operator = torch.library.custom_op(
-    "hack_pipelines::attend",
-    _attend,
-    mutates_args=(),
-    schema="(Tensor number, Tensor layer, Tensor query, Tensor?[] tensors, float scale, Tensor? projection, "
-    "str? backend_name) -> Tensor",
-)
+@torch.library.custom_op("hack_pipelines::attend", mutates_args=())
+def _operator(
+    number: torch.Tensor,
+    layer: torch.Tensor,
+    query: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    scale: float,
+    projection: torch.Tensor | None,
+    backend_name: str | None,
+    autocast: bool,
+) -> torch.Tensor:
+    # Compiled code runs without autocast, because its own operators have been cast when it was traced.
+    with torch.autocast(query.device.type, dtype=query.dtype, enabled=autocast):
+        return _attend(number, layer, query, tensors, scale, projection, backend_name)
 
 
-@_attend_operator.register_fake
-def _(number, layer, query, tensors, scale, projection, backend_name):
+@_operator.register_fake
+def _(number, layer, query, tensors, scale, projection, backend_name, autocast):
     rows, heads, tokens, head_dim = query.shape
     return query.new_empty(rows, tokens, heads, head_dim)

@@ -188,18 +188,17 @@ def draw_folder(args: argparse.Namespace, texts: list[str]):
     folder.start(picture_settings(args, device))
     worker, batches = split_work(folder.unfinished_batches(), device)
     reports = draw_batches(folder, batches, worker, args, texts) if batches else {}
-    missing = folder.write_manifest()
-    if not worker.is_main:
-        return
-    total = len(typed)
-    if missing:
-        print(
-            f"{folder.path}: {total - missing} of {total} pictures. Other processes draw the rest and write "
-            f"{folder.manifest.name} at the end; if one was stopped, the same command draws what is missing"
-        )
-    else:
+    listed = folder.manifest.exists()
+    missing, total = folder.write_manifest(), len(typed)
+    if not missing and (worker.is_main or not listed):
         print(f"{folder.path}: {total} pictures, listed in {folder.manifest.name}")
-    print_reports(reports)
+    elif missing and worker.is_main:
+        print(
+            f"{folder.path}: {total - missing} of {total} pictures so far. Other processes draw the rest; if they were "
+            "stopped, give the same command again"
+        )
+    if worker.is_main:
+        print_reports(reports)
 
 
 def print_reports(reports: "dict[str, CacheReport]"):
@@ -210,6 +209,8 @@ def print_reports(reports: "dict[str, CacheReport]"):
 
 def picture_settings(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """What pictures depend on besides their inputs and seeds, as far as it is known before the model is loaded."""
+    import torch
+
     options = (*COMMON_ARGUMENTS, *(name for family in FAMILIES.values() for name in family.arguments))
     return {
         "model": args.model,
@@ -218,6 +219,8 @@ def picture_settings(args: argparse.Namespace, device: str) -> dict[str, Any]:
         "head_profile": args.head_profile,
         "dtype": args.dtype or "fp32",
         "device": device,
+        # Products on the CPU are summed up in parts, one a thread.
+        "omp_num_threads": torch.get_num_threads() if device == "cpu" else None,
         **{name: getattr(args, name) for name in options},
     }
 

@@ -48,6 +48,8 @@ class MultiScaleVectorQuantizer(nn.Module):
         self.residual_convs = nn.ModuleList(
             [ResidualConv(channels, abs(residual_ratio)) for _ in range(num_residual_convs)]
         )
+        margin = 1 / 3 / num_residual_convs if num_residual_convs == 4 else 1 / 2 / num_residual_convs
+        self.ticks: list[float] = np.linspace(margin, 1 - margin, num_residual_convs).tolist()
 
     def residual_conv(self, step: int, num_steps: int) -> nn.Module:
         """
@@ -55,11 +57,8 @@ class MultiScaleVectorQuantizer(nn.Module):
 
         Some scales lie half way between two ticks, so the choice is made by float64 rounding and must stay in float64.
         """
-        count = len(self.residual_convs)
-        margin = 1 / 3 / count if count == 4 else 1 / 2 / count
-        ticks = np.linspace(margin, 1 - margin, count)
         position = step / (num_steps - 1) if num_steps > 1 else 0.0
-        return self.residual_convs[int(np.argmin(np.abs(ticks - position)))]
+        return self.residual_convs[min(range(len(self.ticks)), key=lambda index: abs(self.ticks[index] - position))]
 
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
         """Ids `[rows]` of the codes nearest to `rows` `[rows, channels]`."""
@@ -184,7 +183,7 @@ class MultiScaleVQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
             last = step == len(schedule) - 1
             maps = residual if last else F.interpolate(residual, size=size, mode="area")
             ids = self.quantizer.nearest(maps.permute(0, 2, 3, 1).flatten(0, 2)).view(len(maps), -1)
-            residual = residual - self.quantizer.upsample(ids, step, schedule)
+            residual = residual - self.quantizer.upsample(ids, step, schedule).to(residual.device)
             tokens.append(ids)
         return tokens
 
@@ -210,7 +209,7 @@ class MultiScaleVQModel(ModelMixin, PiecewiseDecoder, ConfigMixin):
             `tuple[torch.Tensor, torch.Tensor | None]`: the new running latent, and the next input
             `[batch, n_(k+1), latent_channels]` on the device of the codes, or `None` after the last scale.
         """
-        latents = latents + self.quantizer.upsample(codes.to(latents.device), step, schedule)
+        latents = latents + self.quantizer.upsample(codes.to(latents.device), step, schedule).to(latents.device)
         return latents, self.next_input(latents, step, schedule, codes.device)
 
     def next_input(

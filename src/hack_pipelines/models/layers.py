@@ -4,16 +4,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.utils import logging
 from torch import nn
 
 from ..cache.attention import attention
 from ..cache.operator import Handle
-
-
-logger = logging.get_logger(__name__)
 
 
 # exp of it is the largest temperature of a head; float32(ln 100), as the released weights were trained with.
@@ -79,18 +75,6 @@ class FusedAttention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.heads = heads
         self.processor = processor
-
-
-class FusedAttentionMixin(AttentionMixin):
-    """diffusers' switches for a model whose attention modules are [`FusedAttention`]."""
-
-    def fuse_qkv_projections(self):
-        """Nothing to do: queries, keys and values come from one layer already."""
-        logger.warning(f"{type(self).__name__} has one layer for queries, keys and values: they are fused already.")
-
-    def unfuse_qkv_projections(self):
-        """Refused: there are no separate layers to go back to."""
-        logger.warning(f"{type(self).__name__} has one layer for queries, keys and values, so they stay fused.")
 
 
 class ScaleAttnProcessor(BackendAttnProcessor):

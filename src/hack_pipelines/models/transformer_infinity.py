@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput
@@ -22,7 +23,6 @@ from .layers import (
     BackendAttnProcessor,
     FeedForward,
     FusedAttention,
-    FusedAttentionMixin,
     Linear,
     LinearFP32,
     Rotary,
@@ -348,7 +348,7 @@ class InfinityTransformerBlock(nn.Module):
         return hidden_states + self.ff(modulated_norm(hidden_states, scale_ff, shift_ff, self.eps)) * gate_ff
 
 
-class InfinityTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
+class InfinityTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """
     Text-to-image transformer that predicts all bits of a scale at once from the scales before it.
 
@@ -379,7 +379,7 @@ class InfinityTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["InfinityTransformerBlock"]
+    _no_split_modules = ["InfinityTransformerBlock", "TextPooling"]
     _repeated_blocks = ["InfinityTransformerBlock"]
     _keep_in_fp32_modules = [
         "uncond_embeds",
@@ -473,15 +473,14 @@ class InfinityTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
                 "give both to draw one scale, neither for teacher forcing."
             )
         # Anew for teacher forcing, where gradients may flow through it and weights change between two calls.
-        if condition.states is None or step is None:
+        if step is None or condition.states is None:
             condition.states = self._encode_text(condition)
         text = condition.states
         steps = tuple(range(len(schedule))) if step is None else (step,)
         rotary = rotary_positions(schedule, steps, self.config["attention_head_dim"], text.pooled.device)
         mask = None
         if step is None:
-            levels = torch.arange(len(schedule), device=text.pooled.device)
-            levels = levels.repeat_interleave(torch.tensor(schedule.lengths, device=levels.device))
+            levels = levels_of(schedule, steps, text.pooled.device)
             mask = levels[:, None] >= levels[None, :]
         hidden_states = self._embed(hidden_states, text.pooled, schedule, steps)
         handle = None if kv_cache is None else kv_cache.handle
@@ -524,9 +523,7 @@ class InfinityTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Token embeddings `[rows, tokens, dim]`: pooled text or latent, plus level, where the pooled text is."""
         device = pooled.device
-        lengths = [schedule.lengths[step] for step in steps]
-        levels = self.level_embed(torch.tensor(steps, device=device)).to(device)
-        levels = levels.repeat_interleave(torch.tensor(lengths, device=device), dim=0, output_size=sum(lengths))
+        levels = self.level_embed(levels_of(schedule, steps, device)).to(device)
         parts = []
         if 0 in steps:
             parts.append(pooled.unsqueeze(1) + self.pos_start.to(device) + levels[:1])
@@ -538,6 +535,11 @@ class InfinityTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
             # With guidance both halves read the same latents, so these are embedded once.
             parts.append(embedded.repeat(len(pooled) // len(embedded), 1, 1))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def levels_of(schedule: Schedule, steps: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The scale that each token of some scales belongs to, `[tokens]`."""
+    return torch.cat([torch.full((schedule.lengths[step],), step, device=device) for step in steps])
 
 
 def rotary_positions(schedule: Schedule, steps: Sequence[int], head_dim: int, device: torch.device) -> Rotary:

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..cache.cache import Cache
 from ..cache.operator import Handle
 from ..schedule import Schedule
-from .layers import FeedForward, FusedAttentionMixin, Linear, ScaleAttention, modulated_norm
+from .layers import FeedForward, Linear, ScaleAttention, modulated_norm
 
 
 @dataclass
@@ -58,7 +59,7 @@ class VARTransformerBlock(nn.Module):
         return hidden_states + self.ff(modulated_norm(hidden_states, scale_ff, shift_ff, self.eps)) * gate_ff
 
 
-class VARTransformer2DModel(ModelMixin, FusedAttentionMixin, ConfigMixin):
+class VARTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """
     Class-conditional transformer that predicts all tokens of a scale at once from the scales before it.
 

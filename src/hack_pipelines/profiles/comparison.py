@@ -1,8 +1,12 @@
 """How two head profiles differ."""
 
+from os.path import commonprefix
+from typing import Any
+
 import torch
 from PIL import Image
 
+from ..schedule import Schedule
 from .head_map import PAPER
 from .head_profile import FACTS, HeadProfile, sizes_text
 from .statistics import rank_correlation
@@ -14,13 +18,12 @@ MOST_HEADS = 40
 
 def fact_lines(first: HeadProfile, second: HeadProfile) -> list[str]:
     """A line for each fact that differs."""
-    lines = []
-    for name in FACTS:
-        values = [getattr(profile, name) for profile in (first, second)]
-        if values[0] != values[1]:
-            texts = [sizes_text(value) if name == "schedule" else str(value) for value in values]
-            lines.append(f"{name}: {' | '.join(shortened(text) for text in texts)}")
-    return lines
+    facts = [flat({name: getattr(profile, name) for name in FACTS}) for profile in (first, second)]
+    return [
+        f"{name}: {' | '.join(around_difference(*texts))}"
+        for name in dict.fromkeys((*facts[0], *facts[1]))
+        if (texts := [own.get(name, "nothing") for own in facts])[0] != texts[1]
+    ]
 
 
 def statistic_lines(first: HeadProfile, second: HeadProfile) -> list[str]:
@@ -76,6 +79,22 @@ def draw_both(first: HeadProfile, second: HeadProfile, alpha: float) -> Image.Im
     return sheet
 
 
-def shortened(text: str) -> str:
-    """A value that fits a line."""
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Facts as text, those in dictionaries by `name.key`."""
+    texts: dict[str, str] = {}
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            texts |= flat(value, f"{prefix}{name}.")
+        else:
+            texts[prefix + name] = sizes_text(value) if isinstance(value, Schedule) else str(value)
+    return texts
+
+
+def around_difference(*texts: str) -> list[str]:
+    """Values that fit a line; of long ones what is around the place where they part."""
+    parting = len(commonprefix(texts))
+    start = 0 if parting < LONGEST_VALUE // 2 else parting - LONGEST_VALUE // 4
+    return [
+        f"{'...' if start else ''}{text[start : start + LONGEST_VALUE]}{'...' if len(text) > start + LONGEST_VALUE else ''}"
+        for text in texts
+    ]
