@@ -18,7 +18,15 @@ from hack_pipelines.models.layers import ScaleAttnProcessor
 from hack_pipelines.models.transformer_infinity import InfinityCondition
 from hack_pipelines.schedule import Schedule
 
-from .components import SIDES, half_contextual, planted_profile, tiny_bsq, tiny_text_transformer, tiny_transformer, tiny_vae
+from .components import (
+    SIDES,
+    half_contextual,
+    planted_profile,
+    tiny_bsq,
+    tiny_text_transformer,
+    tiny_transformer,
+    tiny_vae,
+)
 
 
 SCHEDULE = Schedule.from_sides((*SIDES, 5))
@@ -264,8 +272,6 @@ def test_a_copied_cache_is_another_one():
     with torch.no_grad():
         transformer(None, LABELS, step=0, kv_cache=cache)
         copied = copy.deepcopy(cache)
-        logits = [
-            transformer(torch.ones(2, 4, 8), LABELS, step=1, kv_cache=each).logits for each in (copied, cache)
-        ]
+        logits = [transformer(torch.ones(2, 4, 8), LABELS, step=1, kv_cache=each).logits for each in (copied, cache)]
     assert torch.equal(*logits)
     assert copied.get_seq_length() == cache.get_seq_length() == 5

@@ -19,7 +19,7 @@ from hack_pipelines.cli.demo import DEMO_PROMPTS
 from hack_pipelines.cli.options import parse_budget, parse_class
 from hack_pipelines.cli.sheet import GAP, MARGIN, Sheet, wrap
 from hack_pipelines.distributed import file_name
-from hack_pipelines.methods import METHODS
+from hack_pipelines.methods import METHODS, RASTER_METHODS
 
 from .components import seeds, tiny_pipeline, tiny_text_pipeline
 from .conftest import FIXTURES
@@ -646,9 +646,10 @@ def test_profile_show_refuses(model, tmp_path, capsys):
 def test_methods_lists_all_with_their_defaults(capsys):
     assert main(["methods"]) == 0
     blocks = capsys.readouterr().out.split("\n\n")
-    assert [block.split(":")[0] for block in blocks] == list(METHODS)
+    assert [block.split(":")[0] for block in blocks] == list({**METHODS, **RASTER_METHODS})
     random = blocks[list(METHODS).index("random")].splitlines()
     assert random[1:] == [
+        "  models: next-scale and next-token",
         "  protocol: post, a step attends to all that is there and then stores a part",
         "  head profile: not needed",
         "  options: seed=0, protocol='post'",
@@ -656,6 +657,8 @@ def test_methods_lists_all_with_their_defaults(capsys):
     ]
     hack = blocks[list(METHODS).index("hack")]
     assert "alpha=0.5, contextual_ratio=0.333, n_obs=32" in hack and "head profile: needed (colvar)" in hack
+    assert "models: next-scale\n" in hack
+    assert "  models: next-token\n" in blocks[-1]
 
 
 # Sheets

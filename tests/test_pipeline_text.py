@@ -505,13 +505,6 @@ def test_layerwise_casting_runs(pipe):
     assert torch.isfinite(draw(pipe, output_type="latent").images).all()
 
 
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same(pipe):
-    expected = draw(pipe, kv_budget=12, top_k=1)
-    pipe.transformer.compile_repeated_blocks()
-    assert same_tokens(draw(pipe, kv_budget=12, top_k=1), expected)
-
-
 # -- decoder -----------------------------------------------------------------------------------------------------------
 
 

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 
+from hack_pipelines.integrations.next_token import CodeSampling, class_tokens, draw_codes, next_logits
 from hack_pipelines.models.autoencoder_msvq import MultiScaleVQModel
-from hack_pipelines.pipelines.sampling import filter_logits, guide, gumbel_softmax
 from hack_pipelines.schedule import Schedule
 
 
@@ -30,39 +28,6 @@ def load_raster(folder: Path) -> tuple[LlamaForCausalLM, MultiScaleVQModel]:
     return model, MultiScaleVQModel.from_pretrained(folder / "vae").eval()
 
 
-def class_tokens(model: LlamaForCausalLM, classes: torch.Tensor | None, count: int = 1) -> torch.Tensor:
-    """
-    First tokens of sequences: classes follow the codes in the vocabulary, and the last one stands for no class.
-
-    Args:
-        model (`LlamaForCausalLM`):
-            Its configuration has `num_codes` and, in `id2label`, the names of the classes.
-        classes (`torch.Tensor`, *optional*):
-            Class ids `[pictures]`; without them, the token for no class, `count` times.
-        count (`int`, defaults to 1):
-            Sequences without a class.
-
-    Returns:
-        `torch.Tensor`: `[pictures]` int64.
-
-    Raises:
-        `ValueError`: if a class does not exist.
-    """
-    codes, num_classes = model.config.num_codes, len(model.config.id2label)
-    if classes is None:
-        return torch.full((count,), codes + num_classes)
-    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
-        raise ValueError(f"Classes must be from 0 to {num_classes - 1} but are {classes.tolist()}.")
-    return codes + classes
-
-
-def next_logits(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Logits `[rows, num_codes]` of the codes that follow `ids` `[rows]`, one token a row; the cache grows by them."""
-    logits = model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits
-    return logits[:, -1, : model.config.num_codes].float()
-
-
-@torch.no_grad()
 def sample_raster(
     model: LlamaForCausalLM,
     classes: torch.Tensor,
@@ -82,7 +47,7 @@ def sample_raster(
         model (`LlamaForCausalLM`):
             The transformer.
         classes (`torch.Tensor`):
-            Class ids `[pictures]`.
+            Class ids `[pictures]`; the number of classes stands for none.
         guidance_scale (`float`, defaults to 3.0):
             Weight of the class. From 1, which turns guidance off, each picture has one row in the batch; otherwise two,
             and those with a class come first.
@@ -99,30 +64,10 @@ def sample_raster(
         `torch.Tensor`: codes `[pictures, 256]`, row by row.
 
     Raises:
-        `ValueError`: if a class does not exist, the temperature is not positive, or the cache is not empty.
+        `ValueError`: if a class does not exist, a number is out of its range, or the cache is not empty.
     """
-    if temperature <= 0:
-        raise ValueError(f"`temperature` must be positive but is {temperature}.")
-    cache = empty_cache(past_key_values)
-    guided = guidance_scale != 1
-    ids = class_tokens(model, classes)
-    if guided:
-        ids = torch.cat([ids, class_tokens(model, None, len(classes))])
-    drawn = []
-    for _ in range(SCHEDULE.total):
-        logits = guide(next_logits(model, ids, cache), guidance_scale, guided)
-        logits = filter_logits(logits / temperature, top_k)
-        codes = gumbel_softmax(logits[:, None], 1.0, generator)[:, 0].argmax(-1)
-        ids = codes.repeat(2) if guided else codes
-        drawn.append(codes)
-    return torch.stack(drawn, dim=1)
-
-
-@torch.no_grad()
-def decode(vae: MultiScaleVQModel, tokens: torch.Tensor) -> list[Image.Image]:
-    """Pictures of codes `[pictures, 256]`."""
-    images = vae.decode(vae.quantizer.upsample(tokens.long(), 0, SCHEDULE))
-    return VaeImageProcessor().postprocess(images, output_type="pil")
+    sampling = CodeSampling(guidance_scale, temperature, top_k)
+    return draw_codes(model, classes, SCHEDULE.total, sampling, empty_cache(past_key_values), generator)
 
 
 @torch.no_grad()

@@ -128,7 +128,7 @@ def train_step(
 ) -> float:
     """One update from codes and class ids at `factor` of the learning rates; returns the loss."""
     dropped = torch.rand(len(classes)) < LABEL_DROP
-    first = torch.where(dropped, class_tokens(model, None), class_tokens(model, classes))
+    first = class_tokens(model, classes.masked_fill(dropped, len(model.config.id2label)))
     loss = code_losses(model, tokens, first).mean()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{program()}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
         if args.debug:
             raise
         print(f"{program()}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..distributed import PictureFolder, Worker, fingerprint, split_work
+from .backends import BACKENDS
 from .options import (
     COMMON_ARGUMENTS,
     DTYPES,
@@ -18,8 +19,6 @@ from .options import (
     check_device_map,
     check_method,
     choose_device,
-    family_of,
-    load_pipeline,
     parse_budget,
     parse_seed,
     positive_int,
@@ -31,6 +30,7 @@ from .output import PictureWriter, check_folder, in_parts
 
 if TYPE_CHECKING:
     from ..cache.report import CacheReport
+    from ..integrations.next_token import NextTokenOutput
     from ..pipelines import HackVARPipelineOutput
 
 
@@ -55,6 +55,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     parser.add_argument("--seed", type=parse_seed, default=0, help="of the first picture, the next have the next ones")
     parser.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="drawn at a time (default: 8)")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="diffusers",
+        help="library that the model is of: diffusers (default) for next-scale models, transformers for next-token ones: "
+        "Janus, Emu3, Llama models of codes",
+    )
     add_output_arguments(parser)
     add_cache_arguments(parser)
     add_sampling_arguments(parser)
@@ -93,7 +100,8 @@ def add_cache_arguments(parser: argparse.ArgumentParser):
         help="what may stay stored: a fraction (0.3), tokens per head (100), bytes per picture (64MB), or none (default)",
     )
     group.add_argument(
-        "--method", default="hack++", help="name[:option=value,...], see `hack-pipelines methods` (default: hack++)"
+        "--method",
+        help="name[:option=value,...], see `hack-pipelines methods` (default: hack++; of next-token models headkv_ar)",
     )
     group.add_argument(
         "--attention-budget",
@@ -138,7 +146,10 @@ def add_class_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     """Draw the pictures, batch by batch."""
-    check_method(args.method, args.kv_budget, args.attention_budget, args.kv_dtype)
+    backend = BACKENDS[args.backend]
+    backend.check(args)
+    args.method = backend.default_method if args.method is None else args.method
+    check_method(args.method, args.kv_budget, args.attention_budget, args.kv_dtype, backend.methods())
     check_device_map(args)
     texts = args.inputs + (args.classes or []) + read_prompts_file(args.prompts_file)
     if args.output_dir is None:
@@ -155,7 +166,7 @@ def draw_file(args: argparse.Namespace, texts: list[str]):
             f"{processes} processes were started, which cannot write one file together: give `--output-dir FOLDER`."
         )
     with PictureWriter(args.output) as writer:
-        family = family_of(load_pipeline(args))
+        family = BACKENDS[args.backend].load(args, None)
         arguments = family.call_arguments(args)
         entries = choose_inputs(family, texts, args)
         numbered = list(enumerate(entries, start=args.seed))
@@ -163,7 +174,7 @@ def draw_file(args: argparse.Namespace, texts: list[str]):
             output = draw(family, arguments, batch)
             for (seed, entry), image in zip(batch, output.images):
                 writer.add(image, family.name(entry), seed)
-    print(f"cache per picture: {output.cache_report}")
+    print_reports(family.reports(output))
 
 
 def draw_folder(args: argparse.Namespace, texts: list[str]):
@@ -176,7 +187,7 @@ def draw_folder(args: argparse.Namespace, texts: list[str]):
     device = choose_device(args.device)
     folder.start(picture_settings(args, device))
     worker, batches = split_work(folder.unfinished_batches(), device)
-    report = draw_batches(folder, batches, worker, args, texts) if batches else None
+    reports = draw_batches(folder, batches, worker, args, texts) if batches else {}
     listed = folder.manifest.exists()
     missing, total = folder.write_manifest(), len(typed)
     if not missing and (worker.is_main or not listed):
@@ -186,21 +197,25 @@ def draw_folder(args: argparse.Namespace, texts: list[str]):
             f"{folder.path}: {total - missing} of {total} pictures so far. Other processes draw the rest; if they were "
             "stopped, give the same command again"
         )
-    if worker.is_main and report is not None:
-        print(f"cache per picture: {report}")
+    if worker.is_main:
+        print_reports(reports)
+
+
+def print_reports(reports: "dict[str, CacheReport]"):
+    """What the caches of a batch held."""
+    for name, report in reports.items():
+        print(f"{name.replace('_', ' ')} per picture: {report}")
 
 
 def picture_settings(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """What pictures depend on besides their inputs and seeds, as far as it is known before the model is loaded."""
     import torch
 
-    from ..hub import locate
-
     options = (*COMMON_ARGUMENTS, *(name for family in FAMILIES.values() for name in family.arguments))
     return {
         "model": args.model,
         "variant": args.variant,
-        "fingerprint": fingerprint(locate(args.model, args.variant).folder),
+        "fingerprint": fingerprint(BACKENDS[args.backend].find(args)),
         "head_profile": args.head_profile,
         "dtype": args.dtype or "fp32",
         "device": device,
@@ -212,11 +227,11 @@ def picture_settings(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
 def draw_batches(
     folder: PictureFolder, batches: list[range], worker: Worker, args: argparse.Namespace, texts: list[str]
-) -> "CacheReport":
-    """Draw some batches, save those of their pictures that are missing, and tell what the cache held."""
+) -> "dict[str, CacheReport]":
+    """Draw some batches, save those of their pictures that are missing, and tell what the caches held."""
     from tqdm import tqdm
 
-    family = family_of(load_pipeline(args, worker.device))
+    family = BACKENDS[args.backend].load(args, worker.device)
     family.pipe.set_progress_bar_config(disable=True)
     arguments = family.call_arguments(args)
     entries = choose_inputs(family, texts, args)
@@ -232,10 +247,10 @@ def draw_batches(
                 "name": name,
                 "batch": [batch.start, batch.stop],
                 **common,
-                "cache": asdict(output.cache_report),
+                **{cache: asdict(report) for cache, report in family.reports(output).items()},
             }
             folder.save(index, name, images[index - batch.start], record)
-    return output.cache_report
+    return family.reports(output)
 
 
 def common_record(family: Family, arguments: dict[str, Any], args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -250,7 +265,7 @@ def common_record(family: Family, arguments: dict[str, Any], args: argparse.Name
         "model": {
             "name": args.model,
             "variant": args.variant,
-            "fingerprint": fingerprint(Path(family.pipe.config["_name_or_path"])),
+            "fingerprint": fingerprint(family.folder),
             "head_profile": args.head_profile,
             "dtype": DTYPES[args.dtype or "fp32"],
         },
@@ -272,7 +287,9 @@ def choose_inputs(family: Family, texts: list[str], args: argparse.Namespace) ->
     return [entry for entry in family.parse(texts) for _ in range(args.num_images)]
 
 
-def draw(family: Family, arguments: dict[str, Any], batch: list[tuple[int, int | str]]) -> "HackVARPipelineOutput":
+def draw(
+    family: Family, arguments: dict[str, Any], batch: list[tuple[int, int | str]]
+) -> "HackVARPipelineOutput | NextTokenOutput":
     """Draw a batch of seeds and inputs."""
     import torch
 

@@ -29,20 +29,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace):
     """Print the list."""
-    from ..methods import METHODS
+    from ..methods import METHODS, RASTER_METHODS
 
-    print("\n\n".join("\n".join(method_lines(method)) for method in METHODS.values()))
+    methods = {**METHODS, **RASTER_METHODS}
+    print("\n\n".join("\n".join(method_lines(method)) for method in methods.values()))
 
 
 def method_lines(method: "type[Method]") -> list[str]:
     """What there is to know of a method."""
+    from ..methods import METHODS, RASTER_METHODS
+
     summary = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    kinds = [
+        name for name, methods in (("next-scale", METHODS), ("next-token", RASTER_METHODS)) if method.name in methods
+    ]
     # Methods are dataclasses with a default for every option, though their base class cannot say so.
     options = {option.name: option.default for option in fields(method)}  # type: ignore[arg-type]
     # Some facts follow from the options.
     default = method()
     return [
         f"{method.name}: {summary}",
+        f"  models: {' and '.join(kinds)}",
         f"  protocol: {PROTOCOLS[default.protocol]}",
         f"  head profile: {profile_text(default)}",
         f"  options: {', '.join(f'{name}={value_text(value)}' for name, value in options.items())}",

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
+    from ..cache.report import CacheReport
+    from ..integrations.next_token import NextTokenPipeline
+    from ..methods import Method
     from ..pipelines import HackVARPipeline
 
 
@@ -170,17 +173,12 @@ def load_pipeline(args: argparse.Namespace, device: str | None = None) -> "HackV
         device (`str`, *optional*):
             Where it goes; by default what `--device` says. A device map goes its own ways.
     """
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
     from ..pipelines import HackVARPipeline
 
     check_device_map(args)
     device = device or choose_device(args.device)
     device_map = {} if args.device_map is None else {"device_map": args.device_map}
-    if not sys.stderr.isatty():
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
+    quiet_unless_watched()
     pipe = HackVARPipeline.from_pretrained(
         args.model,
         args.variant,
@@ -192,11 +190,33 @@ def load_pipeline(args: argparse.Namespace, device: str | None = None) -> "HackV
     return pipe if device_map else pipe.to(device)
 
 
+def load_next_token_pipeline(args: argparse.Namespace, device: str | None = None) -> "NextTokenPipeline":
+    """As [`load_pipeline`], with `--backend transformers`."""
+    from ..integrations.next_token import NextTokenPipeline
+
+    device = device or choose_device(args.device)
+    quiet_unless_watched()
+    pipe = NextTokenPipeline.from_pretrained(args.model, torch_dtype(args.dtype))
+    pipe.set_progress_bar_config(disable=None, leave=False)
+    return pipe.to(device)
+
+
+def quiet_unless_watched():
+    """Bars of libraries show on terminals only."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    if not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+
+
 def check_method(
     method: str,
     budget: float | int | str | None,
     attention_budget: float | int | str | None = None,
     kv_dtype: str | None = None,
+    methods: "Mapping[str, type[Method]] | None" = None,
 ):
     """
     Refuse what no model could make sense of, before one is loaded.
@@ -206,10 +226,10 @@ def check_method(
     """
     from ..cache.budget import TokenBytes, budget_tokens
     from ..cache.storage import get_storage
-    from ..methods import Geometry, get_method
+    from ..methods import METHODS, Geometry, get_method
     from ..schedule import Schedule
 
-    get_method(method)
+    get_method(method, METHODS if methods is None else methods)
     get_storage(kv_dtype)
     for name, value in (("kv_budget", budget), ("attention_budget", attention_budget)):
         if value is not None:
@@ -277,6 +297,15 @@ class Family(ABC):
         given = {name: getattr(args, name) for name in (*COMMON_ARGUMENTS, *self.arguments)}
         return {name: value for name, value in given.items() if value is not None}
 
+    @property
+    def folder(self) -> Path:
+        """Where the model is."""
+        return Path(self.pipe.config["_name_or_path"])
+
+    def reports(self, output: Any) -> "dict[str, CacheReport]":
+        """What each cache of a call held."""
+        return {"cache": output.cache_report}
+
     def resolved(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What a call with some keyword arguments does, with the model's own values for all that was not given."""
         from ..methods import get_method
@@ -303,7 +332,17 @@ class ClassFamily(Family):
     input_name = "class_label"
     example = "0"
     options = {"classes": "--class", "more_smooth": "--more-smooth"}
-    arguments = ("more_smooth",)
+    arguments: ClassVar[tuple[str, ...]] = ("more_smooth",)
+
+    @property
+    def id2label(self) -> dict[str, str]:
+        """Names of the classes by id."""
+        return self.pipe.config["id2label"]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, without the one for none."""
+        return self.pipe.transformer.config["num_classes"]
 
     def parse(self, texts: Sequence[str]) -> list[int | str]:
         return self._ids([parse_class(text) for text in texts], None)
@@ -315,12 +354,12 @@ class ClassFamily(Family):
         """The first of a class's names, or its number where the model has no names."""
         if entry == NULL_CLASS:
             return "no class"
-        names = self.pipe.config["id2label"].get(str(entry))
+        names = self.id2label.get(str(entry))
         return names.split(",")[0].strip() if names else f"class {entry}"
 
     def _ids(self, labels: list[int | str] | None, generators: "list[torch.Generator] | None") -> list[int | str]:
         ids = self.pipe.encode_class_labels(labels, generator=generators).tolist()
-        return [NULL_CLASS if entry == self.pipe.transformer.config["num_classes"] else entry for entry in ids]
+        return [NULL_CLASS if entry == self.num_classes else entry for entry in ids]
 
 
 class TextFamily(Family):
@@ -331,7 +370,7 @@ class TextFamily(Family):
     input_name = "prompt"
     example = '"a lighthouse in a storm"'
     options = {"negative_prompt": "--negative-prompt", "height": "--height", "width": "--width"}
-    arguments = ("negative_prompt", "height", "width")
+    arguments: ClassVar[tuple[str, ...]] = ("negative_prompt", "height", "width")
 
     def parse(self, texts: Sequence[str]) -> list[int | str]:
         return list(texts)
@@ -345,14 +384,74 @@ class TextFamily(Family):
     def call_arguments(self, args: argparse.Namespace) -> dict[str, Any]:
         """As above; the size is settled here, so that one that the model does not draw is told of once, not every batch."""
         arguments = super().call_arguments(args)
-        size = {name: arguments.pop(name) for name in ("height", "width") if name in arguments}
-        if size:
-            arguments["scale_schedule"] = self.pipe.resolve_schedule(**size).sizes
-        return arguments
+        size: dict[str, Any] = {name: arguments.pop(name) for name in ("height", "width") if name in arguments}
+        return {**arguments, **self.settled(size)} if size else arguments
+
+    def settled(self, size: dict[str, Any]) -> dict[str, Any]:
+        """What the pipeline takes instead of a size in pixels."""
+        return {"scale_schedule": self.pipe.resolve_schedule(**size).sizes}
 
     def name(self, entry: int | str) -> str:
         """The prompt in one line."""
         return " ".join(str(entry).split()) or "no text"
+
+
+class NextTokenFamily(Family):
+    """What next-token models of transformers have in common."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.pipe.model.config.name_or_path)
+
+    def reports(self, output: Any) -> "dict[str, CacheReport]":
+        """As above, and of the second cache where the rows without the prompt have one."""
+        other = output.unconditional_cache_report
+        return super().reports(output) | ({} if other is None else {"unconditional_cache": other})
+
+    def resolved(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        from ..methods import RASTER_METHODS, get_method
+
+        sampling = {name: arguments[name] for name in SAMPLING_ARGUMENTS if name in arguments}
+        return {
+            "kv_budget": arguments.get("kv_budget"),
+            "method": repr(get_method(arguments["method"], RASTER_METHODS)),
+            "sampling": asdict(self.pipe.prepare_sampling(**sampling)),
+            "negative_prompt": arguments.get("negative_prompt"),
+            "grid": arguments.get("grid") or self.pipe.grid,
+        }
+
+
+class JanusFamily(NextTokenFamily, TextFamily):
+    """Pictures of prompts with Janus."""
+
+    kind = "Janus"
+    options = {}
+    arguments = ()
+
+
+class Emu3Family(NextTokenFamily, TextFamily):
+    """Pictures of prompts with Emu3."""
+
+    kind = "Emu3"
+
+    def settled(self, size: dict[str, Any]) -> dict[str, Any]:
+        return {"grid": self.pipe.resolve_grid(**size)}
+
+
+class CodeClassFamily(NextTokenFamily, ClassFamily):
+    """Pictures of classes with a Llama model of codes."""
+
+    kind = "class-conditional next-token"
+    options = {"classes": "--class"}
+    arguments = ()
+
+    @property
+    def id2label(self) -> dict[str, str]:
+        return self.pipe.id2label
+
+    @property
+    def num_classes(self) -> int:
+        return self.pipe.num_classes
 
 
 SAMPLING_ARGUMENTS = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth")
@@ -366,9 +465,15 @@ COMMON_ARGUMENTS = (
     "kv_dtype",
     "method",
 )
-FAMILIES: dict[str, type[Family]] = {"var": ClassFamily, "infinity": TextFamily}
+FAMILIES: dict[str, type[Family]] = {
+    "var": ClassFamily,
+    "infinity": TextFamily,
+    "janus": JanusFamily,
+    "emu3": Emu3Family,
+    "llama": CodeClassFamily,
+}
 
 
-def family_of(pipe: "HackVARPipeline") -> Family:
+def family_of(pipe: "HackVARPipeline | NextTokenPipeline") -> Family:
     """A pipeline as the command line treats it."""
     return FAMILIES[pipe.family](pipe)

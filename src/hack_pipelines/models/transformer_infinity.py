@@ -473,7 +473,7 @@ class InfinityTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 "give both to draw one scale, neither for teacher forcing."
             )
         # Anew for teacher forcing, where gradients may flow through it and weights change between two calls.
-        if condition.states is None or step is None:
+        if step is None or condition.states is None:
             condition.states = self._encode_text(condition)
         text = condition.states
         steps = tuple(range(len(schedule))) if step is None else (step,)

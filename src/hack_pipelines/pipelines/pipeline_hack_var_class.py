@@ -1,6 +1,5 @@
 """Class-conditional images with VAR."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -13,15 +12,15 @@ from ..methods import DEFAULT_METHOD, Method
 from ..models.autoencoder_msvq import MultiScaleVQModel
 from ..models.transformer_var import VARTransformer2DModel
 from ..schedule import Schedule
+from .class_labels import class_id, class_ids, labels_by_name
 from .pipeline_hack_var import HackVARPipeline
 from .pipeline_output import HackVARPipelineOutput
 from .sampling import draw_tokens, gumbel_softmax
-from .settings import SamplingSettings, callback_inputs, is_whole, per_scale
+from .settings import SamplingSettings, callback_inputs, per_scale
 
 
 # What the original recommends for the best FID: cfg 1.5, which is 2.5 here.
 DEFAULT_SAMPLING = {"guidance_scale": 2.5, "top_k": 900, "top_p": 0.96}
-NULL_CLASS = -1
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -78,17 +77,8 @@ class HackVARClassPipeline(HackVARPipeline):
 
     @property
     def labels(self) -> dict[str, list[int]]:
-        """
-        Class ids by name. A class is found by its whole name or by one of its synonyms; a few ImageNet names belong to two
-        classes, unless they are the whole name of one.
-        """
-        whole: dict[str, list[int]] = {}
-        synonyms: dict[str, list[int]] = {}
-        for key, names in self.config["id2label"].items():
-            whole.setdefault(normalised(names), []).append(int(key))
-            for name in {normalised(part) for part in names.split(",")}:
-                synonyms.setdefault(name, []).append(int(key))
-        return {**synonyms, **whole}
+        """Class ids by name, see [`~pipelines.class_labels.labels_by_name`]."""
+        return labels_by_name(self.config["id2label"])
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
@@ -97,22 +87,9 @@ class HackVARClassPipeline(HackVARPipeline):
         Raises:
             `ValueError`: if a name is unknown, with the nearest ones, or if it belongs to several classes, with their ids.
         """
-        known = self.labels
-        result = []
-        for name in [label] if isinstance(label, str) else label:
-            ids = known.get(normalised(name), [])
-            if len(ids) == 1:
-                result.append(ids[0])
-            elif ids:
-                full = "; ".join(f"{entry} ({self.config['id2label'][str(entry)]})" for entry in ids)
-                raise ValueError(f"Class name {name!r} belongs to several classes: {full}. Give the id.")
-            else:
-                nearest = difflib.get_close_matches(normalised(name), known, n=5, cutoff=0.4)
-                hint = f" Did you mean {', '.join(map(repr, nearest))}?" if nearest else ""
-                if not known:
-                    hint = f" This model has no class names: give ids from 0 to {self.transformer.config['num_classes'] - 1}."
-                raise ValueError(f"There is no class named {name!r}.{hint}")
-        return result
+        num_classes = self.transformer.config["num_classes"]
+        names = [label] if isinstance(label, str) else label
+        return [class_id(name, self.config["id2label"], num_classes) for name in names]
 
     def encode_class_labels(
         self,
@@ -140,19 +117,8 @@ class HackVARClassPipeline(HackVARPipeline):
             return draw_classes(uniform, num_images_per_prompt, generator)
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.flatten().tolist()
-        ids = []
-        for label in [class_labels] if isinstance(class_labels, (int, str)) else class_labels:
-            if isinstance(label, str):
-                ids += self.get_label_ids(label)
-            elif is_whole(label) and NULL_CLASS <= label < num_classes:
-                ids.append(num_classes if label == NULL_CLASS else int(label))
-            else:
-                raise ValueError(
-                    f"`class_labels` must hold names, ids from 0 to {num_classes - 1}, or -1 for the null class, but holds "
-                    f"{label!r}."
-                )
-        if not ids:
-            raise ValueError("`class_labels` is empty: give at least one class.")
+        labels = [class_labels] if isinstance(class_labels, (int, str)) else class_labels
+        ids = class_ids(labels, self.config["id2label"], num_classes)
         return torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
 
     def prepare_settings(
@@ -316,11 +282,6 @@ class HackVARClassPipeline(HackVARPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-
-
-def normalised(name: str) -> str:
-    """A class name as it is looked up."""
-    return " ".join(name.casefold().replace("_", " ").split())
 
 
 def draw_classes(weights: torch.Tensor, count: int, generator: torch.Generator | None) -> torch.Tensor:
