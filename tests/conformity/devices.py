@@ -16,9 +16,10 @@ def no_data() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def place(model: nn.Module, device_map: Mapping[str, str]):
+def place(model: nn.Module, device_map: Mapping[str, str], hooked: bool = True):
     """
-    Put modules onto devices, with the hooks of accelerate's `dispatch_model`, which itself cannot handle such tensors.
+    Put modules onto devices, with the hooks of accelerate's `dispatch_model`, which itself cannot handle such tensors, or
+    without any, as `.to` does.
 
     The name "" is the model itself, which holds what no other name covers.
     """
@@ -31,7 +32,7 @@ def place(model: nn.Module, device_map: Mapping[str, str]):
             for key, buffer in owner._buffers.items():
                 owner._buffers[key] = torch.empty_like(buffer, device=device)
         # As accelerate does it: methods other than `forward` are reached through the modules inside.
-        for key, inner in module.named_modules():
+        for key, inner in module.named_modules() if hooked else ():
             add_hook_to_module(inner, AlignDevicesHook(execution_device=device, io_same_device=not name and not key))
 
 

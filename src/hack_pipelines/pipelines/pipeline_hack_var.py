@@ -134,7 +134,8 @@ class HackVARPipeline(DiffusionPipeline):
             str(source.folder), use_safetensors=True, **kwargs
         )
         pipe._original = source.original
-        if profile is not None:
+        # Without a transformer there is nothing to draw with, and nothing that a profile could fit.
+        if profile is not None and pipe.transformer is not None:
             pipe.load_head_profile(profile)
         return pipe
 
