@@ -58,7 +58,8 @@ class MultiScaleVectorQuantizer(nn.Module):
         Some scales lie half way between two ticks, so the choice is made by float64 rounding and must stay in float64.
         """
         position = step / (num_steps - 1) if num_steps > 1 else 0.0
-        return self.residual_convs[min(range(len(self.ticks)), key=lambda index: abs(self.ticks[index] - position))]
+        distances = [abs(tick - position) for tick in self.ticks]
+        return self.residual_convs[distances.index(min(distances))]
 
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
         """Ids `[rows]` of the codes nearest to `rows` `[rows, channels]`."""
