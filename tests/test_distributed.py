@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -145,6 +146,14 @@ def test_a_device_map_is_refused_where_it_cannot_be_meant(monkeypatch, capsys, t
     assert main(argv) == 2
     assert "but 4 processes were started on this one: start one on each machine" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_map_without_a_gpu_stays_on_the_cpu(model, tmp_path):
+    argv = ["generate", "a cat", "--model", model]
+    assert main([*argv, "--output-dir", str(tmp_path / "mapped"), "--device-map", "balanced"]) == 0
+    assert main([*argv, "--output-dir", str(tmp_path / "plain")]) == 0
+    assert contents(tmp_path / "mapped") == contents(tmp_path / "plain")
 
 
 # One process, again and again
