@@ -244,6 +244,13 @@ def test_docstrings_list_every_argument(case):
     )
 
 
+def test_a_tokenizer_compiles_without_a_break(tokenizer):
+    compiled = torch.compile(tokenizer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        drawn = compiled(**tokenizer_inputs(), return_dict=False)[0]
+        assert torch.equal(drawn, tokenizer(**tokenizer_inputs(), return_dict=False)[0])
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
