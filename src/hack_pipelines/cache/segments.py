@@ -72,11 +72,11 @@ class SegmentCache(Cache):
         Views of as many slots as a layer holds tokens. Those who measure read their shapes and the storage behind them, not
         which slots they are.
         """
+        parts: list[Planes] = []
         if layer_idx in self._first:
             _, parts = self._first[layer_idx]
-        else:
-            arena = self.arenas.get(self._devices.get(layer_idx))
-            parts = [] if arena is None else arena.parts
+        elif self.arenas:
+            parts = self.arenas[self._devices[layer_idx]].parts
         for part in parts:
             for plane in part[planes]:
                 yield plane[:, None, : self._stored_tokens[layer_idx]]
@@ -144,8 +144,8 @@ class SegmentCache(Cache):
         if not heads:
             return
         if len(heads) < key.shape[1]:
-            index = torch.tensor(heads, device=key.device)
-            key, value = key.index_select(1, index), value.index_select(1, index)
+            chosen = torch.tensor(heads, device=key.device)
+            key, value = key.index_select(1, chosen), value.index_select(1, chosen)
         if not step:
             self._first[layer_idx] = (
                 heads,

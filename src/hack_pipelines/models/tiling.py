@@ -22,7 +22,11 @@ class PiecewiseDecoder(AutoencoderMixin):
     """The share of a square that the next one repeats."""
     use_slicing = False
     use_tiling = False
-    downscale_factor: int
+
+    @property
+    @abstractmethod
+    def downscale_factor(self) -> int:
+        """Image pixels per side of a latent position."""
 
     @apply_forward_hook
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
