@@ -90,12 +90,12 @@ def plain_attention(view: LineView) -> list:
     return result
 
 
-def plain_strata(ids, scores, step, width, store, strata) -> set[int]:
+def plain_strata(ids, scores, step, width, store, strata, anchors) -> set[int]:
     """Ids that HeadKV's rule keeps of one head."""
-    recent = min(2, store // (2 * width))
-    age = {i: step - i // width - recent for i in ids}
+    recent = max(1, min(2, (store - anchors * width) // (2 * width)))
+    age = {i: -1 if i // width < anchors else step - i // width - recent for i in ids}
     kept = {i for i in ids if age[i] < 0}
-    room = store - len(kept)
+    room = store - (anchors + recent) * width
     ends = [2 * (2**index - 1) for index in range(1, strata)] + [10**9]
     share, spare, start = room // strata, 0, 0
     best = lambda members: sorted(members, key=lambda i: (-scores[i], i))  # noqa: E731
@@ -120,13 +120,21 @@ def test_attention_of_a_line_is_causal_and_leaves_out_the_condition(padded):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 4), st.integers(4, 12), st.integers(1, 5), st.integers(0, 10**6), st.booleans(), st.data())
-def test_headkv_keeps_recent_lines_and_strata(width, step, strata, seed, carried, data):
+@given(
+    st.integers(2, 4),
+    st.integers(4, 12),
+    st.integers(1, 5),
+    st.integers(0, 1),
+    st.integers(0, 10**6),
+    st.booleans(),
+    st.data(),
+)
+def test_headkv_keeps_anchors_recent_lines_and_strata(width, step, strata, anchors, seed, carried, data):
     columns = even_columns(width, 2)
     view = random_view(width, step, 2, columns, 2 * width, seed, carried=carried)
-    store = data.draw(st.integers(2 * width, view.num_present - 1))
+    store = data.draw(st.integers((1 + max(1, anchors)) * width, view.num_present - 1))
     view = replace(view, store=store)
-    ranking = HeadKVAR(strata=strata).rank(view)
+    ranking = HeadKVAR(strata=strata, anchors=anchors).rank(view)
     kept = top(ranking.scores, store, ranking.tiers)
     ids = view.ids
     attention = torch.tensor(plain_attention(view), dtype=torch.float64)
@@ -141,7 +149,7 @@ def test_headkv_keeps_recent_lines_and_strata(width, step, strata, seed, carried
             torch.testing.assert_close(ranking.carried[row, head].double(), scores, atol=1e-6, rtol=0)
             # The selection itself goes by the float32 scores, so that a tie in them is a tie.
             by_id = dict(zip(own, ranking.scores[row, head].tolist()))
-            expected = plain_strata(own, by_id, step, width, store, strata)
+            expected = plain_strata(own, by_id, step, width, store, strata, anchors)
             assert set(ids[row, head, kept[row, head]].tolist()) == expected
 
 
@@ -157,7 +165,7 @@ def test_a_long_memory_is_kept():
     view = replace(view, stored_carried=carried)
     oldest = {}
     for strata in (1, 4):
-        ranking = HeadKVAR(strata=strata, decay=0.99).rank(view)
+        ranking = HeadKVAR(strata=strata, anchors=0, decay=0.99).rank(view)
         kept = top(ranking.scores, view.store, ranking.tiers)
         oldest[strata] = (view.ids.gather(-1, kept) < 14 * 4 - 12).sum(-1)
     assert (oldest[1] == 0).all() and (oldest[4] > 0).all()

@@ -463,7 +463,7 @@ def test_each_row_has_its_own_heads():
     with head_attention(model):
         continued(model, cache, prompts)
     layer = cache.raster.layers[1]
-    assert [group.heads.shape[1] for group in layer.groups] == [2, 2]
+    assert [group.heads.shape[1] for group in layer.groups] == [1, 1, 1, 1]
     # Together every head once, ascending in a group.
     together = torch.cat([group.heads for group in layer.groups], dim=1)
     assert torch.equal(together.sort(-1).values, torch.arange(4).expand(6, 4))
@@ -489,7 +489,7 @@ def test_plans_keep_the_budget(lines, width, heads, groups, data):
 
 @pytest.mark.parametrize(("budget", "expected"), [(96, (144, 48)), (72, (96, 48)), (48, (48, 48))])
 def test_lengths_of_janus(budget, expected):
-    plan = HeadKVAR().plan(Geometry(Schedule.from_lines(24, 24), 1, 16, 128), budget, None)
+    plan = HeadKVAR(groups=2, spread=1.0).plan(Geometry(Schedule.from_lines(24, 24), 1, 16, 128), budget, None)
     assert plan.layers[0].store[-2] == expected
     assert [len(group) for group in plan.layers[0].groups] == [8, 8]
 
@@ -624,6 +624,7 @@ def test_more_tokens_than_the_grid():
         ({"condition_tokens": 0}, "`condition_tokens` must be a positive int"),
         ({"rows_per_image": 3}, "`rows_per_image` must be 1"),
         ({"method": "headkv_ar:groups=1"}, "`groups` must be at least 2"),
+        ({"method": "headkv_ar:spread=2.5"}, r"`spread` must lie in \[0, 2\]"),
         ({"method": "headkv_ar:decay=1.0"}, r"`decay` must lie in \[0, 1\)"),
         ({"method": "linear_ar:recent=0"}, "`recent` and `observe` at least 1"),
         ({"method": "streaming_llm:sinks=3"}, "`sinks` must be 1 or 2"),

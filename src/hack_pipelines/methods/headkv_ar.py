@@ -35,13 +35,17 @@ class HeadKVAR(TellsHeads, Method):
     Args:
         allocation (`"rank"` or `"uniform"`, *optional*, defaults to `"rank"`):
             Whether broad heads get more than local ones, or all the same.
-        groups (`int`, *optional*, defaults to 2):
-            Lengths that there are in a layer, from half the budget to one and a half times.
+        groups (`int`, *optional*, defaults to 4):
+            Lengths that there are in a layer.
+        spread (`float`, *optional*, defaults to 0.5):
+            The longest minus the shortest of them over the budget: 1 goes from half of it to one and a half times.
         radius (`int`, *optional*, defaults to 2):
             Rows and columns that count as near.
         strata (`int`, *optional*, defaults to 4):
             Ages that share what is not protected: the last 2 lines, the next 4, 8, and all the rest. 1 keeps the best of
             all ages.
+        anchors (`int`, *optional*, defaults to 1):
+            First lines that always stay, as in LineAR.
         decay (`float`, *optional*, defaults to 0.5):
             Weight of earlier lines in the average of the attention that a token gets.
         observe (`int`, *optional*, defaults to 8):
@@ -55,22 +59,26 @@ class HeadKVAR(TellsHeads, Method):
     protocol = "post"
 
     allocation: str = "rank"
-    groups: int = 2
+    groups: int = 4
+    spread: float = 0.5
     radius: int = 2
     strata: int = 4
+    anchors: int = 1
     decay: float = 0.5
     observe: int = 8
 
     def __post_init__(self):
         check_choice("allocation", self.allocation, ("rank", "uniform"))
-        for name, least in (("groups", 2), ("radius", 0), ("strata", 1), ("observe", 1)):
+        for name, least in (("groups", 2), ("radius", 0), ("strata", 1), ("anchors", 0), ("observe", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least} but is {getattr(self, name)}.")
+        if not 0 <= self.spread <= 2:
+            raise ValueError(f"`spread` must lie in [0, 2] but is {self.spread}.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"`decay` must lie in [0, 1) but is {self.decay}.")
 
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
-        return 2 * geometry.schedule.lengths[0]
+        return (1 + max(1, self.anchors)) * geometry.schedule.lengths[0]
 
     def plan(
         self,
@@ -87,10 +95,10 @@ class HeadKVAR(TellsHeads, Method):
         ends = [-(-heads * (index + 1) // groups) for index in range(groups)]
         places = tuple(tuple(range(start, end)) for start, end in zip([0, *ends], ends))
         counts = [len(group) for group in places]
-        weights = [1.5 - index / (groups - 1) for index in range(groups)]
+        weights = [1 + self.spread * (0.5 - index / (groups - 1)) for index in range(groups)]
         # What rounding leaves goes to the broadest, so that the mean is the budget.
         weights[0] = (heads - sum(c * weight for c, weight in zip(counts[1:], weights[1:]))) / counts[0]
-        floor = 2 * schedule.lengths[0]
+        floor = self.min_budget(geometry, profile)
         limits, present = [], 0
         for length in schedule.lengths:
             present += length
@@ -148,8 +156,11 @@ class HeadKVAR(TellsHeads, Method):
     def _tiers(self, view: StepView, scores: torch.Tensor) -> torch.Tensor:
         """2 for the last lines, 1 for the best of every stratum as far as its quota goes, 0 for the rest."""
         width = view.key.shape[2]
-        recent = min(RECENT_LINES, view.store // (2 * width))
-        ages = view.step - view.ids // width - recent
+        anchors = self.anchors * width
+        # No length is smaller than what is protected.
+        recent = max(1, min(RECENT_LINES, (view.store - anchors) // (2 * width)))
+        lines = view.ids // width
+        ages = (view.step - lines - recent).masked_fill(lines < self.anchors, -1)
         # The first age of every stratum but the youngest: 2, 6, 14, ...
         starts = torch.tensor(
             [YOUNGEST_LINES * (2**index - 1) for index in range(1, self.strata)], device=scores.device
@@ -159,7 +170,7 @@ class HeadKVAR(TellsHeads, Method):
         old = (ages >= 0).gather(-1, order).unsqueeze(-1)
         members = (stratum.gather(-1, order).unsqueeze(-1) == torch.arange(self.strata, device=scores.device)) & old
         place = (members.cumsum(2) * members).sum(-1)
-        quotas = shared_quotas(members.sum(2), (view.store - recent * width) // self.strata)
+        quotas = shared_quotas(members.sum(2), (view.store - anchors - recent * width) // self.strata)
         within = (place > 0) & (place <= (members * quotas.unsqueeze(2)).sum(-1))
         tiers = torch.zeros_like(ages).scatter_(-1, order, within.long())
         return tiers.masked_fill_(ages < 0, 2)
