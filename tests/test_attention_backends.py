@@ -7,7 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import attention_backend
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch.overrides import TorchFunctionMode
 
 from hack_pipelines.cache import FullCache, RowwiseCache, SegmentCache, make_cache
@@ -165,12 +169,14 @@ def test_flex_agrees_with_native(family, make):
     torch.testing.assert_close(teacher_forced(transformer, text_of(family)), expected[1], **CLOSE)
 
 
-def test_native_is_plain_attention():
+def test_native_is_what_the_dispatcher_does():
     query, key, value = torch.randn(3, 2, 4, 7, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(7, 7).tril().bool()
-    assert torch.equal(attention(query, key, value, 0.5), F.scaled_dot_product_attention(query, key, value, scale=0.5))
-    masked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
-    assert torch.equal(attention(query, key, value, 0.5, mask), masked)
+    parts = [part.transpose(1, 2) for part in (query, key, value)]
+    for own, theirs in (None, None), (mask, mask[None, None]):
+        actual = attention(query, key, value, 0.5, own)
+        assert torch.equal(actual, F.scaled_dot_product_attention(query, key, value, own, scale=0.5))
+        assert torch.equal(actual, dispatch_attention_fn(*parts, theirs, scale=0.5).transpose(1, 2))
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

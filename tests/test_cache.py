@@ -299,8 +299,6 @@ class LargestKeyAxis(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.transpose.int, torch.ops.aten.permute.default):  # another order of the same
-            return result
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.ndim == 4 and tensor.shape[-1] == self.head_dim:
                 self.largest = max(self.largest, tensor.shape[-2])

@@ -19,7 +19,7 @@ from hack_pipelines.schedule import Schedule
 PATCH_NUMS = (16,)
 SCHEDULE = Schedule.from_sides(PATCH_NUMS)
 # Judged on sheets of samples.
-SAMPLING = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 100}
+SAMPLING = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 100}
 
 
 def load_raster(folder: Path) -> tuple[LlamaForCausalLM, MultiScaleVQModel]:
@@ -48,9 +48,9 @@ def sample_raster(
             The transformer.
         classes (`torch.Tensor`):
             Class ids `[pictures]`; the number of classes stands for none.
-        guidance_scale (`float`, defaults to 3.0):
-            Weight of the class. From 1, which turns guidance off, each picture has one row in the batch; otherwise two,
-            and those with a class come first.
+        guidance_scale (`float`, defaults to 2.0):
+            Weight of the class. With 1, which is no guidance, a picture has one row in the batch; otherwise two, and the
+            rows with a class come first.
         temperature (`float`, defaults to 1.0):
             Divides the logits.
         top_k (`int`, defaults to 100):

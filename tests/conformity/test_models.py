@@ -244,6 +244,7 @@ def test_docstrings_list_every_argument(case):
     )
 
 
+@pytest.mark.slow
 def test_a_tokenizer_compiles_without_a_break(tokenizer):
     compiled = torch.compile(tokenizer, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -427,7 +428,7 @@ def test_one_model_on_two_devices(case):
     total = len(units(case.build()))
     assert total >= 8
     with no_data():
-        for count in (1, total // 3, total // 2, 3 * total // 4, total - 2, total - 1):
+        for count in (1, 3 * total // 4, total - 2):
             model = case.build()
             place(model, spread(model, count))
             assert case.run(model).shape == case.output_shape

@@ -580,7 +580,7 @@ class CodeClassPipeline(NextTokenPipeline):
     family = "llama"
     model_class = LlamaForCausalLM
     # Judged on sheets of samples of the small model.
-    default_sampling = CodeSampling(guidance_scale=3.0, top_k=100)
+    default_sampling = CodeSampling(guidance_scale=2.0, top_k=100)
 
     def __init__(self, model: LlamaForCausalLM, vae: MultiScaleVQModel):
         super().__init__(model)
@@ -654,7 +654,7 @@ class CodeClassPipeline(NextTokenPipeline):
         Args:
             class_labels (list of `int` or `str`):
                 Ids or names; -1 is the null class.
-            guidance_scale (`float`, *optional*, defaults to 3.0):
+            guidance_scale (`float`, *optional*, defaults to 2.0):
                 Weight of the class; 1 is no guidance.
             temperature (`float`, *optional*, defaults to 1.0):
                 Divisor of the guided logits.
