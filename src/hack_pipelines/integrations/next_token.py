@@ -35,6 +35,7 @@ from ..hub.checks import stored_shapes
 from ..hub.client import snapshot
 from ..hub.errors import explained
 from ..hub.files import DOWNLOAD_AGAIN, read_json
+from ..hub.sources import DEMO_FOLDER
 from ..methods import Method
 from ..models.autoencoder_msvq import MultiScaleVQModel
 from ..pipelines.class_labels import class_ids
@@ -46,6 +47,7 @@ from .transformers import HeadKVCache, compressed_guidance, head_attention
 
 logger = logging.get_logger(__name__)
 
+DEMO = "demo"
 # Pickle files and code are never asked for.
 FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -233,7 +235,8 @@ class NextTokenPipeline(ABC):
 
         Args:
             name_or_path (`str` or `Path`):
-                A folder of transformers with the processor beside the model, or a Hub repo.
+                A folder of transformers with the processor beside the model, `"demo"` for the small class-conditional model
+                inside the package, or a Hub repo.
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
                 Of the weights.
             revision (`str`, *optional*):
@@ -786,7 +789,7 @@ def find_folder(name_or_path: str | Path, options: dict[str, Any] | None = None)
 
     Args:
         name_or_path (`str` or `Path`):
-            A folder or a Hub repo.
+            A folder, `"demo"` for the small model inside the package, or a Hub repo.
         options (`dict[str, Any]`, *optional*):
             `revision`, `token`, `cache_dir` and `local_files_only`.
 
@@ -800,6 +803,8 @@ def find_folder(name_or_path: str | Path, options: dict[str, Any] | None = None)
     if path.is_file():
         raise ValueError(f"{path} is a file: give the folder of the model.")
     name, options = str(name_or_path), options or {}
+    if name == DEMO:
+        return DEMO_FOLDER / "raster"
     with explained(name, options.get("revision")):
         return snapshot(name, FILES, [], options)
 
