@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants
+from transformers.utils import logging as transformers_logging
 
 from .hub_server import HubServer
 
@@ -10,6 +12,14 @@ from .hub_server import HubServer
 FIXTURES = Path(__file__).parent / "fixtures"
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def progress_bars():
+    """The command line switches bars off for the whole process where nobody looks at them: no later test may miss them."""
+    yield
+    diffusers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -100,7 +100,8 @@ class HACK(Method):
         everything = budget * (num_contextual + num_structural)
         contextual = int(budget * self.contextual_ratio + 1e-6)
         structural = (everything - contextual * num_contextual) // num_structural
-        if structural > largest:
+        if structural >= largest:
+            # What these heads cannot take is left for the others.
             structural = largest
             contextual = min(largest, (everything - structural * num_structural) // num_contextual)
         return contextual, structural
