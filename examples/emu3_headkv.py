@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None):
     rows, columns = map(int, inputs["image_sizes"][0])
     start, line = inputs["input_ids"].shape[1], columns + 1
 
-    tokenizer, vocabulary = processor.tokenizer, model.vocabulary_mapping
+    tokenizer, vocabulary = processor.tokenizer, model.model.vocabulary_mapping
     closing = [tokenizer.eof_token_id, tokenizer.eoi_token_id, tokenizer.eos_token_id]
 
     def allowed(row: int, sequence: torch.Tensor) -> list[int]:

@@ -94,7 +94,7 @@ def test_emu3_draws_what_its_own_generate_does(pipes):
     line = columns + 1
     inputs, negative = (pipe._encode(texts, rows, columns) for texts in (["a cat"], ["blurry"]))
     start = inputs["input_ids"].shape[1]
-    vocabulary = pipe.model.vocabulary_mapping
+    vocabulary = pipe.model.model.vocabulary_mapping
 
     def allowed(row, sequence):
         column = (len(sequence) - start) % line

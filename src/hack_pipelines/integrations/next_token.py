@@ -48,6 +48,8 @@ from .transformers import HeadKVCache, compressed_guidance, head_attention
 logger = logging.get_logger(__name__)
 
 DEMO = "demo"
+# Pixels of a picture where its processor does not say: those of some releases of the library only take it with each call.
+EMU3_AREA = 720 * 720
 # Pickle files and code are never asked for.
 FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -456,7 +458,7 @@ class Emu3Pipeline(NextTokenPipeline):
         for name, value in (("height", height), ("width", width)):
             if value is not None:
                 per_scale(name, value, 1, 1, 2**16, whole=True)
-        pixels, own = self.processor.downsample_ratio, isqrt(self.processor.image_area)
+        pixels, own = self.processor.downsample_ratio, isqrt(getattr(self.processor, "image_area", EMU3_AREA))
         asked = height or width or own, width or height or own
         rows, columns = (max(1, round(side / pixels)) for side in asked)
         if (rows * pixels, columns * pixels) != asked:
@@ -513,7 +515,7 @@ class Emu3Pipeline(NextTokenPipeline):
         line, count = columns + 1, 1 if isinstance(prompt, str) else len(prompt)
         cache, other = (HeadKVCache.from_model(self.model, kv_budget, (rows, line), method=method) for _ in range(2))
         inputs = self._encode([prompt] if isinstance(prompt, str) else list(prompt), rows, columns)
-        vocabulary = self.model.vocabulary_mapping
+        vocabulary = self.model.model.vocabulary_mapping
         with self._drawing(rows * line) as on_step:
             choice = CodeChoice(
                 sampling,
