@@ -214,6 +214,12 @@ def test_errors_of_the_cache_come_through(family):
         pipe.transformer(torch.zeros(2, 4, 8), *arguments(family), step=1, kv_cache=FullCache(SCHEDULE, 3))
 
 
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this PyTorch has no such tag")
+def test_cuda_graphs_leave_the_operator_out():
+    """Replayed, it would not reach the cache."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.hack_pipelines.attend.default.tags
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler on CPUs")
 @pytest.mark.parametrize("family", FAMILIES)

@@ -107,7 +107,12 @@ def _attend(
     return output.transpose(1, 2).contiguous()
 
 
-@torch.library.custom_op("hack_pipelines::attend", mutates_args=())
+# A CUDA graph would be replayed without what the object does in Python. PyTorch before this tag records none here, because
+# two of the operator's tensors are on the CPU.
+_tags = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("hack_pipelines::attend", mutates_args=(), **_tags)
 def _operator(
     number: torch.Tensor,
     layer: torch.Tensor,
