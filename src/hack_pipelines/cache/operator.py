@@ -109,7 +109,7 @@ def _attend(
 
 # A CUDA graph would be replayed without what the object does in Python. PyTorch before this tag records none here, because
 # two of the operator's tensors are on the CPU.
-_tags = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_tags: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 @torch.library.custom_op("hack_pipelines::attend", mutates_args=(), **_tags)
