@@ -330,6 +330,7 @@ def test_report_of_the_published_setting():
     assert report.attended_by_step == [1, 5, 14, 30, 55, 79.5, 111.5, 161.5, 204, 204]
     assert report.peak_tokens == 204 and report.mean_tokens == pytest.approx(sum(report.tokens_by_step) / 9)
     channels = 2 * 4 * 8
+    assert report.bytes_by_step == [tokens * channels * 2 * 4 for tokens in report.tokens_by_step]
     assert report.bytes_allocated_peak == 204 * channels * 2 * 4
     assert report.bytes_full == 680 * channels * 8 and report.bytes_full_cacheable == 424 * channels * 8
     flops = sum(4 * 8 * 8 * n * a for n, a in zip(schedule.lengths, report.attended_by_step))

@@ -27,6 +27,8 @@ class CacheReport:
             Their mean.
         checkpoint_peak_tokens (`float`):
             The most tokens stored at any checkpoint, averaged over layers and heads.
+        bytes_by_step (`list[int]`):
+            Bytes of the storages behind all that is stored, at each boundary.
         attended_by_step (`list[float]`):
             Keys that a query saw at each step, averaged over layers and heads.
         attention_flops (`int`):
@@ -34,7 +36,7 @@ class CacheReport:
         bytes_logical_peak (`int`):
             Bytes of all that is stored at the worst boundary, from shapes and dtypes.
         bytes_allocated_peak (`int`):
-            The same from the storages behind them; a view counts all that it keeps alive.
+            The largest of `bytes_by_step`; a view counts all that it keeps alive.
         bytes_full (`int`):
             Bytes of all tokens of the schedule as the original implementation holds them: keys in float32, values in
             the stored dtype.
@@ -54,6 +56,7 @@ class CacheReport:
     peak_tokens: float
     mean_tokens: float
     checkpoint_peak_tokens: float
+    bytes_by_step: list[int]
     attended_by_step: list[float]
     attention_flops: int
     bytes_logical_peak: int
@@ -193,6 +196,7 @@ class CacheMeter:
             peak_tokens=max(tokens, default=0.0),
             mean_tokens=sum(tokens) / len(tokens) if tokens else 0.0,
             checkpoint_peak_tokens=self.checkpoint_peak / heads,
+            bytes_by_step=[boundary[2] // self.images for boundary in boundaries],
             attended_by_step=[count / heads for count in self.attended],
             attention_flops=self.flops,
             bytes_logical_peak=logical // self.images,
