@@ -37,8 +37,8 @@ def patient(call: Callable[[], Result]) -> Result:
             What can be made again.
 
     Raises:
-        What the last of 4 attempts raised; at once what another attempt would not change, or where the Hub asks for more
-        than 300 seconds.
+        `Exception`: what the last of 4 attempts raised; at once what another attempt would not change, or where the Hub
+        asks for more than 300 seconds.
     """
     attempt = 1
     while True:

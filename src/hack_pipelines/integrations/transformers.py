@@ -238,7 +238,7 @@ class HeadKVCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Take new keys and values of a layer, see [`HeadLayer.update`]."""
+        """Take new keys and values of a layer; give back all of them, or a handle where [`head_attention`] needs the query."""
         while len(self.layers) <= layer_idx:
             self.layers.append(HeadLayer(self.raster.layer(len(self.layers))))
         layer: Any = self.layers[layer_idx]

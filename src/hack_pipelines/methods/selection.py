@@ -86,7 +86,22 @@ def observed_count(tokens: int, count: int) -> int:
 
 
 def observed_positions(size: tuple[int, int], count: int, sampling: str, device: torch.device) -> torch.Tensor:
-    """Which queries of a scale score its keys, as many as [`observed_count`] says."""
+    """
+    Which queries of a scale score its keys: all of them while there are at most `2 * count`.
+
+    Args:
+        size (`tuple[int, int]`):
+            Height and width of the token map.
+        count (`int`):
+            How many are wanted.
+        sampling (`str`):
+            `"lattice"`, spread over the map, or `"linspace"`, at equal distances along the sequence.
+        device (`torch.device`):
+            Where they are wanted.
+
+    Returns:
+        `torch.Tensor`: ids in the order of the map.
+    """
     tokens = size[0] * size[1]
     if observed_count(tokens, count) == tokens:
         return torch.arange(tokens, device=device)

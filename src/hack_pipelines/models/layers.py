@@ -64,7 +64,7 @@ class FusedAttention(nn.Module, AttentionModuleMixin):
         heads (`int`):
             Heads.
         processor (`BackendAttnProcessor`):
-            Computes it, see [`~FusedAttention.set_processor`].
+            Computes it; `set_processor` sets another.
     """
 
     _supports_qkv_fusion = False

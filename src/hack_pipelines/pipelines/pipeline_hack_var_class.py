@@ -77,7 +77,7 @@ class HackVARClassPipeline(HackVARPipeline):
 
     @property
     def labels(self) -> dict[str, list[int]]:
-        """Class ids by name, see [`~pipelines.class_labels.labels_by_name`]."""
+        """Class ids by name. A class has its whole name and its synonyms; a few names of ImageNet belong to two classes."""
         return labels_by_name(self.config["id2label"])
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
