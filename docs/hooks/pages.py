@@ -13,6 +13,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = "docs/"
+BRANCH = "main"
 # Pages of the site that are files of the repository's root, which people read there.
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)
@@ -23,6 +24,13 @@ LINK = re.compile(
     r"|(?P<ticks>`+)[^`].*?(?P=ticks)(?!`)",
     re.MULTILINE | re.DOTALL,
 )
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Name the folder of the pages only where there is a repository: MkDocs would warn of half an address."""
+    if config.repo_url:
+        config.edit_uri = f"edit/{BRANCH}/{DOCS}"
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -66,7 +74,7 @@ def rewrite(markdown: str, source: str, repo_url: str | None) -> str:
         if not (ROOT / path).exists():
             return match[0]  # MkDocs warns of it
         if repo_url:
-            return f"{match['picture']}[{text}]({repo_url.rstrip('/')}/blob/main/{path}{mark}{anchor})"
+            return f"{match['picture']}[{text}]({repo_url.rstrip('/')}/blob/{BRANCH}/{path}{mark}{anchor})"
         if (new := reference_of_modules().get(path)) is not None:
             return f"[{text}]({posixpath.relpath(new, posixpath.dirname(page_of(source)) or '.')})"
         return text if path in text else f"{text} (`{path}`)"
