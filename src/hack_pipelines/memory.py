@@ -309,6 +309,11 @@ def fit(request: Request, card: int) -> Fit:
 def largest_budget(request: Request, card: int, offload: bool) -> float | None:
     """The largest budget in hundredths, at most the requested one, with which a request fits on a card."""
     geometry = geometry_of(request)
+    report = estimate(request)
+    needed = report.total_offload if offload else report.total
+    if needed - report.cache - report.work > card:
+        # Without any cache it would not fit.
+        return None
     method = get_method(request.method)
     smallest = method.min_budget(geometry, even_profile(geometry))
     asked = geometry.schedule.total

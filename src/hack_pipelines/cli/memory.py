@@ -48,7 +48,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument(
         "--card", type=parse_bytes, metavar="BYTES", help="memory of a card, such as 12GB: does it fit?"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    form.add_argument(
+        "--table",
+        action="store_true",
+        help="print what fits of all models instead, on cards of 8, 12, 16 and 24 GB or on that of `--card`",
+    )
     return parser
 
 
@@ -88,6 +94,9 @@ def run(args: argparse.Namespace):
         guided=not args.no_guidance,
         prompt_tokens=args.prompt_tokens,
     )
+    if args.table:
+        print_table(args, request)
+        return
     report = estimate(request)
     fitting = None if args.card is None else fit(request, args.card)
     if args.json:
@@ -99,6 +108,23 @@ def run(args: argparse.Namespace):
         print()
         for line in fit_lines(request, args.card, fitting):
             print(line)
+
+
+def print_table(args: argparse.Namespace, request: "Request"):
+    """
+    Print what fits of all models.
+
+    Raises:
+        `ValueError`: if an option is given that the table settles itself.
+    """
+    from .memory_table import CARDS, table_lines
+
+    settled = {"--size": args.size, "--kv-budget": args.kv_budget, "--batch-size": None if args.batch_size == 1 else 1}
+    given = [name for name, value in settled.items() if value is not None]
+    if given:
+        raise ValueError(f"`--table` goes through models, budgets and batches itself: leave {', '.join(given)} out.")
+    for line in table_lines(request, CARDS if args.card is None else (args.card,)):
+        print(line)
 
 
 def report_lines(report: "MemoryReport", dtype: str) -> list[str]:
