@@ -39,7 +39,7 @@ docstrings = load_hook("docstrings")
 
 
 def build(config, site):
-    environment = {key: value for key, value in os.environ.items() if key not in ("DOCS_REPO_URL", "DOCS_SITE_URL")}
+    environment = {key: value for key, value in os.environ.items() if key not in ("REPOSITORY_URL", "SITE_URL")}
     command = [
         sys.executable,
         "-m",
@@ -103,6 +103,18 @@ def test_links_and_anchors_of_the_site_resolve(site, elements):
             if not target.is_file() or anchor and target in elements and anchor not in elements[target].anchors:
                 broken.append(f"{page.relative_to(site)}: {link}")
     assert not broken
+
+
+def test_markdown_is_read_as_on_github(site):
+    """Python-Markdown wants a line free before lists and tables, where GitHub does without."""
+    left = []
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<(pre|code|script|style)\b.*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        paragraphs = "\n".join(re.findall(r"<(?:p|li)>(.*?)</(?:p|li)>", text, re.DOTALL))
+        left += [
+            (page.name, line) for line in paragraphs.splitlines() if re.match(r"\s*(?:[-*+] |\d+\. |\||#+ |```)", line)
+        ]
+    assert not left
 
 
 def test_nothing_is_loaded_from_elsewhere(site, elements):
@@ -203,6 +215,7 @@ def test_the_reference_is_complete(wanted):
             "[the method](src/hack_pipelines/methods/random.py)",
             "[the method](reference/methods.md#hack_pipelines.Random)",
         ),
+        ("docs/writing-docs.md", "[a hook](hooks/pages.py)", "a hook (`docs/hooks/pages.py`)"),
         ("docs/hub.md", "[a server](../tests/hub_server.py)", "a server (`tests/hub_server.py`)"),
         ("docs/faq.md", "[`tests/hub_server.py`](../tests/hub_server.py)", "`tests/hub_server.py`"),
     ],

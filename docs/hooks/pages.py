@@ -13,6 +13,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = "docs/"
+# As `exclude_docs` of mkdocs.yml says.
+LEFT_OUT = ".py"
 BRANCH = "main"
 # Pages of the site that are files of the repository's root, which people read there.
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -89,7 +91,7 @@ def page_of(source: str) -> str:
 
 def site_path(path: str, source: str) -> str | None:
     """The way from one file of the repository to another on the site, or `None` if the other one is not there."""
-    if path not in ROOT_PAGES and not path.startswith(DOCS):
+    if path not in ROOT_PAGES and (not path.startswith(DOCS) or path.endswith(LEFT_OUT)):
         return None
     return posixpath.relpath(page_of(path), posixpath.dirname(page_of(source)) or ".")
 
