@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import calibrate, compare, convert, demo, generate, memory, methods, profile
+from . import app, calibrate, compare, convert, demo, generate, memory, methods, profile
 
 
 # Modules of subcommands import torch only when they run, so that help and typing mistakes are answered at once.
-SUBCOMMANDS = (generate, demo, convert, calibrate, profile, methods, compare, memory)
+SUBCOMMANDS = (generate, demo, app, convert, calibrate, profile, methods, compare, memory)
 INTERRUPTED = 130
 BAD_INPUT = 2
 
