@@ -62,6 +62,8 @@ def register_method(method: type[Method]) -> type[Method]:
     """
     Make a method known by its name, to pipelines and to the command line of this process; usable as a decorator.
 
+    A class of the same module and name replaces the one before it, so that a cell of a notebook can be run again.
+
     Args:
         method (`type[Method]`):
             A dataclass whose fields all have defaults.
@@ -75,7 +77,9 @@ def register_method(method: type[Method]) -> type[Method]:
     name = getattr(method, "name", None)
     if not isinstance(name, str) or not name or set(name) & set(": ,=@/"):
         raise ValueError(f"`name` must be a word without any of ':,=@/' but is {name!r}.")
-    if METHODS.get(name, method) is not method:
+    known = METHODS.get(name, method)
+    # A cell of a notebook that runs again makes the same class anew.
+    if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise ValueError(f"There is a method {name!r} already, {METHODS[name].__name__}: choose another name.")
     method()
     METHODS[name] = method
