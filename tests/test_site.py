@@ -147,7 +147,8 @@ def test_what_leads_nowhere_fails_the_build(tmp_path, nav, text, complaint):
     (docs / "index.md").write_text(f"# Home\n\n{text}\n")
     (docs / "more.md").write_text("# More\n")
     config = tmp_path / "mkdocs.yml"
-    config.write_text(f"INHERIT: {ROOT}/mkdocs.yml\nhooks: []\nplugins: []\nwatch: []\nextra_css: []\nnav: {nav}\n")
+    parts = f"hooks: []\nplugins: []\nwatch: []\nextra_css: []\ntheme: {{custom_dir: {ROOT}/docs/theme}}"
+    config.write_text(f"INHERIT: {ROOT}/mkdocs.yml\n{parts}\nnav: {nav}\n")
     result = build(config, tmp_path / "site")
     assert result.returncode == 1
     assert complaint in result.stderr
