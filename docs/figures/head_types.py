@@ -70,7 +70,7 @@ def draw(schedule: Schedule, heads: list[Head]) -> Figure:
     figure = new_figure(8, 3.0 * len(heads) + 0.2)
     for axes, head in zip(figure.subplots(len(heads), 1), heads):
         # The square root lets weights be seen that are small but not nothing.
-        shown = head.attention.sqrt()
+        shown = head.attention.sqrt().numpy()
         colours = ramp(BLUES if head.kind == "contextual" else ORANGES)
         picture = axes.imshow(shown, aspect="auto", cmap=colours, vmin=0, interpolation="nearest")
         for start in schedule.prefixes[1:]:

@@ -66,7 +66,7 @@ def draw(schedule: Schedule, found: dict[float, tuple[torch.Tensor, torch.Tensor
         text.text(0, 0.5, words, va="center", transform=text.transAxes, fontsize=9)
         for axes, (high, wide), start in zip(maps, sizes, starts):
             share = chosen.mean(0)[start : start + high * wide].view(high, wide)
-            picture = axes.imshow(share, cmap=ramp(KINDS[kind]), vmin=0, vmax=1)
+            picture = axes.imshow(share.numpy(), cmap=ramp(KINDS[kind]), vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(True)
