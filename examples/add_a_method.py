@@ -32,12 +32,12 @@ class Checkerboard(Method):
             First scales that are never lost.
     """
 
-    name: ClassVar[str] = "checkerboard"
-    protocol = "post"
-    needs_ids: ClassVar[bool] = True
+    name: ClassVar[str] = "checkerboard"  # what method="..." and --method call it
+    protocol = "post"  # attends to all that is there, then stores a part
+    needs_ids: ClassVar[bool] = True  # ranking reads which tokens are there
     source: ClassVar[str] = "an example"
 
-    coarse: int = 2
+    coarse: int = 2  # an option: a field with a default
 
     def min_budget(self, geometry: Geometry, profile: "HeadProfile | None") -> int:
         return sum(geometry.schedule.lengths[: self.coarse]) + 1

@@ -41,14 +41,14 @@ def word_tokenizer(**names: str) -> PreTrainedTokenizerFast:
     )
 
 
-def save_janus(folder: Path, kv_heads: int = 2) -> str:
-    janus(kv_heads).save_pretrained(folder)
+def save_janus(folder: Path, kv_heads: int = 2, side: int = SIDE) -> str:
+    janus(kv_heads, side).save_pretrained(folder)
     names = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
     # Of the two classes, the one that does without torchvision.
     image_processor = JanusImageProcessorPil(
         size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    JanusProcessor(image_processor, word_tokenizer(**names), num_image_tokens=SIDE * SIDE).save_pretrained(folder)
+    JanusProcessor(image_processor, word_tokenizer(**names), num_image_tokens=side * side).save_pretrained(folder)
     return str(folder)
 
 

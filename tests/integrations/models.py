@@ -46,17 +46,17 @@ def llama(kv_heads: int = 4) -> LlamaForCausalLM:
     )
 
 
-def janus(kv_heads: int = 4) -> JanusForConditionalGeneration:
+def janus(kv_heads: int = 4, side: int = SIDE) -> JanusForConditionalGeneration:
     torch.manual_seed(0)
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
-        "image_size": SIDE * 4,
+        "image_size": side * 4,
         "patch_size": 4,
         "projection_dim": 64,
-        "num_image_tokens": SIDE * SIDE,
+        "num_image_tokens": side * side,
     }
     vq = {
         "embed_dim": 8,
