@@ -1,10 +1,10 @@
 """
 The screenshot of `hack-pipelines app` with the small model inside the package.
 
-    python docs/figures/app.py -o docs/images/app.png
+    python docs/figures/app.py
     python docs/figures/app.py -o narrow.png --size 400x800 --model demo-class
 
-Needs `pip install 'hack_pipelines[test]'` and Chromium, on the path as `chromium` or named by the variable `CHROMIUM`.
+It needs `pip install 'hack_pipelines[test]'` and Chromium, on the path as `chromium` or named by the variable `CHROMIUM`.
 """
 
 import argparse
@@ -17,12 +17,13 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 
+IMAGE = Path(__file__).parents[1] / "images" / "app.png"
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 def main():
     parser = argparse.ArgumentParser(description="Take a screenshot of the web page.")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="PNG file")
+    parser.add_argument("-o", "--output", type=Path, default=IMAGE, help="PNG file (default: docs/images/app.png)")
     parser.add_argument("--size", default="1280x900", help="width and height of the window (default: 1280x900)")
     parser.add_argument("--model", default="demo", help="as of hack-pipelines app")
     parser.add_argument("--port", default="7870", help="a free port")

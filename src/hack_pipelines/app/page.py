@@ -2,6 +2,8 @@
 
 import html
 import inspect
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..methods import METHODS
@@ -43,11 +45,10 @@ CSS = """
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
 .picture img {width: 100% !important; height: 100% !important; object-fit: contain !important}
 .caption {font-size: var(--text-lg)}
-.facts table, .facts td {border: none !important}
-.facts table {width: 100%}
-.facts tr {border-bottom: 1px solid var(--border-color-primary)}
-.facts td {padding: 4px 0 !important}
-.facts td:last-child {text-align: right; font-variant-numeric: tabular-nums}
+.html-container {padding: 0 !important}
+.facts dl {display: grid; grid-template-columns: auto auto; margin: 0}
+.facts dt, .facts dd {margin: 0; padding: 4px 0; border-bottom: 1px solid var(--border-color-primary)}
+.facts dd {text-align: right; font-variant-numeric: tabular-nums}
 .note {color: var(--body-text-color-subdued); font-size: var(--text-sm)}
 .notice {color: var(--error-text-color); overflow-wrap: anywhere}
 """
@@ -112,43 +113,71 @@ def make_page(pipe: "HackVARPipeline", name: str) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\n\n{INTRODUCTION}\n\n{where}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                inputs, button = add_controls(drawer, start)
+                controls = add_controls(drawer, start)
                 notice = gr.HTML(visible=False, elem_classes="notice", elem_id="notice")
             with gr.Column(scale=5, min_width=300):
                 outputs = add_results(drawer, first)
-
-        def draw(entry: str | int | None, budget: float, method: str, int8: bool, seed: float | None) -> list[Any]:
-            try:
-                if entry is None or seed is None:
-                    raise ValueError(f"The {'class' if entry is None else 'seed'} is missing.")
-                compared = drawer.compare(entry, int(seed), budget, method, "int8" if int8 else None)
-            except ValueError as error:
-                message = f"Not drawn. {html.escape(str(error))}"
-                return [gr.update(value=message, visible=True), *(gr.skip() for _ in outputs)]
-            return [gr.update(visible=False), *results(compared)]
-
-        gr.on(
-            [button.click] if drawer.classes else [button.click, inputs[0].submit],
-            draw,
-            inputs,
-            [notice, *outputs],
-            api_name="draw",
-            show_progress_on=[outputs[1], outputs[3]],
-            # The pipeline draws one picture at a time.
-            concurrency_limit=1,
-        )
+        connect(drawer, controls, notice, outputs)
     return page.queue(max_size=QUEUE_SIZE)
 
 
-def add_controls(drawer: SideBySide, start: int | str) -> tuple[list[Any], gr.Button]:
-    """What a visitor chooses, from top to bottom, and the button."""
+@dataclass(frozen=True)
+class Controls:
+    """
+    What a visitor sets.
+
+    Args:
+        inputs (`list`):
+            Components for prompt or class, budget, method, storage in 8 bits, and seed.
+        draw (`list`):
+            Events that ask for a picture.
+        examples (`gradio.Examples`):
+            Fills in the prompt or class.
+    """
+
+    inputs: list[Any]
+    draw: list[Any]
+    examples: gr.helpers.Examples
+
+
+def connect(drawer: SideBySide, controls: Controls, notice: gr.HTML, outputs: list[Any]):
+    """Draw when a visitor asks for it, or chooses an example."""
+
+    def draw(entry: str | int | None, budget: float, method: str, int8: bool, seed: float | None) -> list[Any]:
+        try:
+            if entry is None or seed is None:
+                raise ValueError(f"The {'class' if entry is None else 'seed'} is missing.")
+            compared = drawer.compare(entry, int(seed), budget, method, "int8" if int8 else None)
+        except ValueError as error:
+            message = f"Not drawn. {html.escape(str(error))}"
+            return [gr.update(value=message, visible=True), *(gr.skip() for _ in outputs)]
+        return [gr.update(visible=False), *results(compared)]
+
+    filled_in = controls.examples.load_input_event
+    # The pipeline draws one picture at a time, whatever asked for it.
+    for listen, name in ((partial(gr.on, controls.draw), "draw"), (filled_in.then, "draw_example")):
+        listen(
+            draw,
+            controls.inputs,
+            [notice, *outputs],
+            api_name=name,
+            show_progress_on=[outputs[1], outputs[3]],
+            concurrency_limit=1,
+            concurrency_id="pipeline",
+        )
+
+
+def add_controls(drawer: SideBySide, start: int | str) -> Controls:
+    """What a visitor sets, from top to bottom."""
     entry: gr.Dropdown | gr.Textbox
+    labels, draw = None, []
     if drawer.classes:
         entry = gr.Dropdown(drawer.classes, value=start, label="Class", elem_id="entry")
+        labels = [drawer.family.name(example) for example in drawer.examples]
     else:
         entry = gr.Textbox(str(start), label="Prompt", max_length=MAX_PROMPT_CHARACTERS, max_lines=4, elem_id="entry")
-    labels = None if drawer.classes is None else [drawer.family.name(example) for example in drawer.examples]
-    gr.Examples([[example] for example in drawer.examples], entry, label="Examples", example_labels=labels)
+        draw.append(entry.submit)
+    examples = gr.Examples([[example] for example in drawer.examples], entry, label="Examples", example_labels=labels)
     budget = gr.Slider(
         SMALLEST_BUDGET,
         1,
@@ -167,13 +196,13 @@ def add_controls(drawer: SideBySide, start: int | str) -> tuple[list[Any], gr.Bu
     int8 = gr.Checkbox(label="Store in 8 bits", info="kv_dtype=int8, for the picture with the budget", elem_id="int8")
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed")
     button = gr.Button("Draw both", variant="primary", elem_id="draw")
-    return [entry, budget, method, int8, seed], button
+    return Controls([entry, budget, method, int8, seed], [*draw, button.click], examples)
 
 
 def add_results(drawer: SideBySide, first: Comparison) -> list[Any]:
     """What is shown of a comparison, in the order of [`results`]."""
     values = results(first)
-    caption = gr.HTML(values[0], padding=False, elem_classes="caption", elem_id="caption")
+    caption = gr.HTML(values[0], elem_classes="caption", elem_id="caption")
     with gr.Row():
         with gr.Column(min_width=280):
             full, full_facts = add_drawing("full", "Full cache", values[1], values[2])
@@ -196,7 +225,7 @@ def add_results(drawer: SideBySide, first: Comparison) -> list[Any]:
         buttons=[],
         elem_id="chart",
     )
-    gr.HTML(NOTE, padding=False, elem_classes="note")
+    gr.HTML(NOTE, elem_classes="note")
     return [caption, full, full_facts, compressed, compressed_facts, chart]
 
 
@@ -213,7 +242,7 @@ def add_drawing(name: str, label: str, image: "Image", costs: str) -> tuple[gr.I
         elem_classes="picture",
         elem_id=name,
     )
-    return picture, gr.HTML(costs, padding=False, elem_classes="facts", elem_id=f"{name}-facts")
+    return picture, gr.HTML(costs, elem_classes="facts", elem_id=f"{name}-facts")
 
 
 def results(comparison: Comparison) -> list[Any]:
@@ -233,7 +262,7 @@ def results(comparison: Comparison) -> list[Any]:
 
 
 def facts(drawing: Drawing, total_tokens: int) -> str:
-    """What a picture cost, as a table."""
+    """What a picture cost, as a list."""
     report = drawing.report
     stored = report.bytes_allocated_peak
     rows = {
@@ -243,7 +272,7 @@ def facts(drawing: Drawing, total_tokens: int) -> str:
         "Tokens a head at most": f"{report.peak_tokens:.1f} of {total_tokens}",
         "Time": f"{drawing.seconds:.2f} s",
     }
-    return f"<table>{''.join(f'<tr><td>{name}</td><td>{value}</td></tr>' for name, value in rows.items())}</table>"
+    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{value}</dd>' for name, value in rows.items())}</dl>"
 
 
 def chart_unit(comparison: Comparison) -> str:

@@ -91,11 +91,8 @@ class SideBySide:
     def __init__(self, pipe: "HackVARPipeline"):
         self.pipe = pipe
         self.family = family_of(pipe)
-
-    @property
-    def examples(self) -> list[int | str]:
-        """Prompts or classes to begin with."""
-        return choose_entries(self.family)
+        # Prompts or classes to begin with.
+        self.examples = choose_entries(self.family)
 
     @property
     def classes(self) -> list[tuple[str, int]] | None:

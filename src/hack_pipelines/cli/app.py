@@ -56,8 +56,11 @@ def check_address(host: str, port: int | None):
         `OSError`: if the host is none of this machine's, or the port is taken.
     """
     try:
-        # Port 0 is any that is free.
-        socket.create_server((host, port or 0)).close()
+        with socket.socket() as probe:
+            # As the server does it: connections that have just ended do not hold a port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Port 0 is any that is free.
+            probe.bind((host, port or 0))
     except OSError as error:
         address = host if port is None else f"{host}:{port}"
         raise OSError(
