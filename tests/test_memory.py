@@ -11,7 +11,8 @@ import torch
 
 from hack_pipelines.activations import block_bytes, cache_work_bytes, decoder_bytes, group_bytes, merge_bytes
 from hack_pipelines.cache import FullCache, make_cache
-from hack_pipelines.cli import main
+from hack_pipelines.cache.budget import TokenBytes, budget_tokens
+from hack_pipelines.cli import main, memory_table
 from hack_pipelines.cli import memory as command
 from hack_pipelines.memory import (
     MODELS,
@@ -19,7 +20,6 @@ from hack_pipelines.memory import (
     cache_bytes,
     estimate,
     even_profile,
-    fit,
     geometry_of,
     held_bytes,
     largest_budget,
@@ -39,8 +39,11 @@ from .released import RELEASED
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "memory.md").read_text()
+BUDGETS_PAGE = (ROOT / "docs" / "budgets.md").read_text()
 # Biases of keys, which the released checkpoints lack and ours hold as zeros: two a layer and one in the pooling.
 KEY_BIASES = {"2b": 65 * 2048, "8b": 81 * 3584}
+
+DEMO = Geometry(Schedule.from_sides((1, 2, 3, 4, 5, 6, 8)), 8, 6, 32)
 
 
 def gigabytes(count: float) -> str:
@@ -363,28 +366,64 @@ def test_table_of_budgets():
         assert numbers == [gigabytes(count) for count in (*parts, report.decoder, report.total, report.total_offload)]
 
 
-def test_table_of_cards():
-    for card, *cells in rows_of("Which card"):
-        for model, cell in zip(("2b", "8b", "8b-512", "d30", "d36"), cells, strict=True):
-            assert cell == card_cell(model, int(card.removesuffix(" GB"))), (card, model)
+def test_tables_of_cards_are_those_of_the_command(capsys):
+    """The page has headings of its own; every row is one that the command prints now."""
+    assert "hack-pipelines memory --table" in BUDGETS_PAGE
+    assert main(["memory", "--table"]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) == 2 * (len(MODELS) + 3)
+    section = BUDGETS_PAGE.split("## Which card holds what\n")[1].split("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("|")] == printed
 
 
-def card_cell(model: str, gigabyte: int) -> str:
-    answer = fit(Request(model), gigabyte * 10**9)
-    if answer.spare >= 0:
-        return f"fits, {gigabytes(answer.spare)} left"
-    ways = [f"`kv_budget={answer.budget}`"] if answer.budget else []
-    if answer.spare_offload >= 0:
-        ways.append(f"offload, {gigabytes(answer.spare_offload)} left")
-    elif answer.budget_offload:
-        ways.append(f"offload and `kv_budget={answer.budget_offload}`")
-    return " or ".join(ways) or "no"
+@pytest.mark.parametrize(
+    ("model", "gigabyte", "cell"),
+    [
+        ("2b", 8, "0.48 with offload"),
+        ("2b", 12, "no budget needed, 0.13 GB left"),
+        ("8b", 16, "does not fit"),
+        ("8b", 24, "0.19, 0.44 with offload"),
+    ],
+)
+def test_cell_of_a_card(model, gigabyte, cell):
+    request, card = Request(model), gigabyte * 10**9
+    assert memory_table.fit_cell(request, card) == cell
+    for offload in (False, True):
+        budget = largest_budget(request, card, offload)
+        if budget is not None and budget < 1:
+            needs = [estimate(replace(request, kv_budget=budget + more)) for more in (0, 0.01)]
+            totals = [report.total_offload if offload else report.total for report in needs]
+            assert totals[0] <= card < totals[1]
+
+
+@pytest.mark.parametrize(("model", "gigabyte"), [("2b", 24), ("d36", 8), ("8b", 8)])
+def test_largest_batch_fits_and_one_more_does_not(model, gigabyte):
+    request, card = Request(model, kv_budget=0.1), gigabyte * 10**9
+    images = memory_table.largest_batch(request, card)
+    assert images == 0 or estimate(replace(request, images=images)).total <= card
+    assert estimate(replace(request, images=images + 1)).total > card
+
+
+def test_table_of_one_card(capsys):
+    assert main(["memory", "--table", "--card", "80GB", "--prompt-tokens", "64"]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert {len(row) for row in rows} == {2}
+    assert rows[0][1].strip() == "80 GB"
+
+
+def test_table_refuses_what_it_settles_itself(capsys):
+    assert main(["memory", "--table", "--size", "512", "--kv-budget", "0.3"]) == 2
+    assert "leave --size, --kv-budget out" in capsys.readouterr().err
 
 
 def test_numbers_in_the_text():
     compressed, full = Request("2b", kv_budget=0.1), Request("2b")
-    assert f"leaves {gigabytes(12e9 - estimate(compressed).total)} GB" in PAGE
-    assert f"offload alone {gigabytes(12e9 - estimate(full).total_offload)} GB" in PAGE
+    assert f"leaves {gigabytes(12e9 - estimate(compressed).total)} GB" in BUDGETS_PAGE
+    assert f"offload alone {gigabytes(12e9 - estimate(full).total_offload)} GB" in BUDGETS_PAGE
+    for model, tokens, size in ((geometry_of(full), 1052, "554MB"), (DEMO, 15, "190kB")):
+        token_bytes = TokenBytes(2, 2, get_method("hack++").metadata_bytes)
+        assert budget_tokens(size, model, token_bytes) == budget_tokens(0.1, model, token_bytes) == tokens
+        assert f"`{tokens}`" in BUDGETS_PAGE and f'`"{size}"`' in BUDGETS_PAGE
     for request in (compressed, full):
         assert f"{gigabytes(estimate(replace(request, images=4)).total)} GB" in PAGE
 
