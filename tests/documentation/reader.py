@@ -150,10 +150,10 @@ class Reader:
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             timeout=LONG_ENOUGH_SECONDS,
         )
-        return process.stdout, None if process.returncode == 0 else f"exit status {process.returncode}"
+        # As bytes, since reading text would turn the carriage returns of progress bars into ends of lines.
+        return process.stdout.decode(), None if process.returncode == 0 else f"exit status {process.returncode}"
 
 
 def adapted(text: str) -> str:
