@@ -131,27 +131,20 @@ def test_pages_of_the_root_and_search_are_there(site, elements):
     assert "HackVARPipeline.from_pretrained" in (site / "search" / "search_index.json").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("nav", "text", "complaint"),
-    [
-        ("[index.md]", "", "more.md"),
-        ("[index.md, more.md, absent.md]", "", "absent.md"),
-        ("[index.md, more.md]", "[x](absent.md)", "absent.md"),
-        ("[index.md, more.md]", "[x](more.md#absent)", "#absent"),
-    ],
-    ids=["page without entry", "entry without page", "dead link", "dead anchor"],
-)
-def test_what_leads_nowhere_fails_the_build(tmp_path, nav, text, complaint):
+def test_what_leads_nowhere_fails_the_build(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "index.md").write_text(f"# Home\n\n{text}\n")
-    (docs / "more.md").write_text("# More\n")
+    (docs / "index.md").write_text("# Home\n\n[a](no-page.md), [b](index.md#no-anchor)\n")
+    (docs / "no-entry.md").write_text("# More\n")
     config = tmp_path / "mkdocs.yml"
     parts = f"hooks: []\nplugins: []\nwatch: []\nextra_css: []\ntheme: {{custom_dir: {ROOT}/docs/theme}}"
-    config.write_text(f"INHERIT: {ROOT}/mkdocs.yml\n{parts}\nnav: {nav}\n")
+    config.write_text(f"INHERIT: {ROOT}/mkdocs.yml\n{parts}\nnav: [index.md, no-file.md]\n")
     result = build(config, tmp_path / "site")
     assert result.returncode == 1
-    assert complaint in result.stderr
+    # Whatever is in a warning fails a strict build by itself.
+    warnings = re.findall(r"WARNING +-.*\n(?:  .*\n)*", result.stderr)
+    for complaint in ("no-page.md", "#no-anchor", "no-entry.md", "no-file.md"):
+        assert sum(complaint in warning for warning in warnings) == 1
 
 
 def directives():
