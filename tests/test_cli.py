@@ -488,20 +488,53 @@ def test_files_of_prompts_are_read_before_the_model(tmp_path, capsys, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
+# offload
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+@pytest.mark.parametrize("entry", ["a red apple", "3"])
+def test_offloaded_models_draw_the_same(request, tmp_path, monkeypatch, offload, entry):
+    """Without a GPU weights go from main memory to main memory, through the same hooks."""
+    folder = request.getfixturevalue("model" if entry == "3" else "text_model")
+    reached = []
+    for name in ("enable_model_cpu_offload", "enable_group_offload"):
+        original = getattr(HackVARPipeline, name)
+        monkeypatch.setattr(
+            HackVARPipeline,
+            name,
+            lambda *args, _call=original, _name=name, **kw: reached.append(_name) or _call(*args, **kw),
+        )
+    pictures = []
+    for more in ([], ["--offload", offload]):
+        path = tmp_path / f"{len(more)}.png"
+        assert main(["generate", entry, "--model", folder, "--kv-budget", "0.3", "-o", str(path), *more]) == 0
+        pictures.append(path.read_bytes())
+    assert pictures[0] == pictures[1]
+    # Diffusers calls the first again after each call.
+    assert set(reached) == {{"model": "enable_model_cpu_offload", "group": "enable_group_offload"}[offload]}
+
+
+def test_offload_with_a_device_map_is_refused(tmp_path, capsys):
+    path = tmp_path / "x.png"
+    assert refused(capsys, "generate", "x", "-o", str(path), "--device-map", "balanced", "--offload", "model") == (
+        "`--device-map balanced` keeps all weights on the GPUs: leave it out, or leave out `--offload model`."
+    )
+
+
 # demo
 
 
-def test_the_demo_of_a_text_model_draws_a_row_a_prompt(text_model, tmp_path, capsys):
+def test_the_demo_of_a_text_model_draws_a_column_a_prompt(text_model, tmp_path, capsys):
     path = tmp_path / "demo.png"
     assert main(["demo", "--model", text_model, "-o", str(path), "--seed", "5"]) == 0
     assert len(DEMO_PROMPTS) == 8
     sheet, side = Image.open(path).convert("RGB"), 4 * TEXT_SIDE
-    top = sheet.height - MARGIN - 8 * (side + GAP) + GAP
-    left = sheet.width - MARGIN - 4 * (side + GAP) + GAP
-    for row, column, budget in ((1, 0, None), (7, 3, 0.1)):
+    top = sheet.height - MARGIN - 4 * (side + GAP) + GAP
+    left = sheet.width - MARGIN - 8 * (side + GAP) + GAP
+    for row, column, budget in ((0, 1, None), (3, 7, 0.1)):
         x, y = left + column * (side + GAP), top + row * (side + GAP)
         cell = np.asarray(sheet.crop((x, y, x + side, y + side)), dtype=int)
-        picture = Image.fromarray(drawn(text_model, DEMO_PROMPTS[row], 5 + row, kv_budget=budget))
+        picture = Image.fromarray(drawn(text_model, DEMO_PROMPTS[column], 5 + column, kv_budget=budget))
         expected = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC), dtype=int)
         # A batch of eight rounds differently from a single picture.
         assert np.abs(cell - expected).max() <= 1
@@ -510,15 +543,15 @@ def test_the_demo_of_a_text_model_draws_a_row_a_prompt(text_model, tmp_path, cap
     assert [line.split("  ")[0] for line in lines[3:]] == ["full cache", *(f"kv_budget={x}" for x in (0.5, 0.3, 0.1))]
 
 
-def test_the_demo_draws_a_row_a_class_and_a_column_a_budget(model, tmp_path, capsys):
+def test_the_demo_draws_a_column_a_class_and_a_row_a_budget(model, tmp_path, capsys):
     path = tmp_path / "demo.png"
     assert main(["demo", "--model", model, "-o", str(path)]) == 0
     sheet, side = Image.open(path).convert("RGB"), 12 * SIDE
     # Five of ten classes have names.
-    top = sheet.height - MARGIN - 5 * (side + GAP) + GAP
-    left = sheet.width - MARGIN - 4 * (side + GAP) + GAP
-    for column, budget in enumerate((None, 0.5, 0.3, 0.1)):
-        x, y = left + column * (side + GAP), top + 4 * (side + GAP)
+    top = sheet.height - MARGIN - 4 * (side + GAP) + GAP
+    left = sheet.width - MARGIN - 5 * (side + GAP) + GAP
+    for row, budget in enumerate((None, 0.5, 0.3, 0.1)):
+        x, y = left + 4 * (side + GAP), top + row * (side + GAP)
         cell = np.asarray(sheet.crop((x, y, x + side, y + side)), dtype=int)
         picture = Image.fromarray(drawn(model, 4, 4, kv_budget=budget)).resize((side, side), Image.Resampling.BICUBIC)
         # A batch of five rounds differently from a single picture.

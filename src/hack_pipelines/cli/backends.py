@@ -112,6 +112,7 @@ BACKENDS = {
             "kv_dtype": "--kv-dtype",
             "variant": "--variant",
             "device_map": "--device-map",
+            "offload": "--offload",
             "head_profile": "--head-profile",
             "more_smooth": "--more-smooth",
         },

@@ -41,7 +41,7 @@ DEMO_CLASSES = [
 
 
 @dataclass
-class Column:
+class Row:
     """Pictures of all prompts or classes with one budget, what their cache held, and how long they took together."""
 
     name: str
@@ -59,7 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     parser.set_defaults(run=run)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="the sheet (default: demo.png)")
-    parser.add_argument("--seed", type=parse_seed, default=0, help="of the first row, the next have the next ones")
+    parser.add_argument("--seed", type=parse_seed, default=0, help="of the first prompt, the next have the next ones")
     add_model_arguments(parser)
     return parser
 
@@ -68,17 +68,17 @@ def run(args: argparse.Namespace):
     """Draw the sheet and print what the caches held."""
     check_picture(args.output)
     family = family_of(load_pipeline(args))
-    entries = choose_rows(family)
+    entries = choose_entries(family)
     # The first call of a process pays for what libraries set up once.
-    draw_column(family, entries[:1], BUDGETS[-1], args.seed)
-    columns = [draw_column(family, entries, budget, args.seed) for budget in BUDGETS]
-    draw_table([family.name(entry) for entry in entries], columns).save(args.output)
-    print(f"{args.output}: {len(entries)} {family.plural}, {len(columns)} budgets, seeds from {args.seed}\n")
-    for line in report_lines(columns):
+    draw_row(family, entries[:1], BUDGETS[-1], args.seed)
+    rows = [draw_row(family, entries, budget, args.seed) for budget in BUDGETS]
+    draw_table([family.name(entry) for entry in entries], rows).save(args.output)
+    print(f"{args.output}: {len(entries)} {family.plural}, {len(rows)} budgets, seeds from {args.seed}\n")
+    for line in report_lines(rows):
         print(line)
 
 
-def choose_rows(family: Family) -> list[int | str]:
+def choose_entries(family: Family) -> list[int | str]:
     """Eight prompts or classes; of a class-conditional model with fewer classes all of them."""
     if not isinstance(family, ClassFamily):
         return family.parse(DEMO_PROMPTS)
@@ -91,32 +91,32 @@ def choose_rows(family: Family) -> list[int | str]:
     return [known[(2 * index + 1) * len(known) // (2 * count)] for index in range(count)]
 
 
-def draw_column(family: Family, entries: list[int | str], budget: float | None, seed: int) -> Column:
-    """Draw all rows with one budget."""
+def draw_row(family: Family, entries: list[int | str], budget: float | None, seed: int) -> Row:
+    """Draw all prompts or classes with one budget."""
     start = time.perf_counter()
     output = family.pipe(entries, generator=seeded(range(seed, seed + len(entries))), kv_budget=budget)
     seconds = time.perf_counter() - start
     name = "full cache" if budget is None else f"kv_budget={budget}"
-    return Column(name, output.images, output.cache_report, seconds)
+    return Row(name, output.images, output.cache_report, seconds)
 
 
-def draw_table(names: list[str], columns: list[Column]) -> "Image":
-    """A row a prompt or class, a column a budget."""
+def draw_table(names: list[str], rows: list[Row]) -> "Image":
+    """A row a budget, a column a prompt or class: few rows and many columns fit a page."""
     from .sheet import Sheet
 
-    top = [f"{column.name}\n{column.report.bytes_allocated_peak / 2**10:.0f} KiB" for column in columns]
-    return Sheet(list(zip(*(column.images for column in columns))), left=names, top=top).draw()
+    left = [f"{row.name}\n{row.report.bytes_allocated_peak / 2**10:.0f} KiB" for row in rows]
+    return Sheet([row.images for row in rows], left=left, top=names).draw()
 
 
-def report_lines(columns: list[Column]) -> list[str]:
+def report_lines(rows: list[Row]) -> list[str]:
     """A table of what the caches held for a picture, and of the time for all of them."""
     lines = ["per picture     tokens a head  KiB stored  than original  than lossless  seconds for all"]
-    for column in columns:
-        report = column.report
+    for row in rows:
+        report = row.report
         stored = report.bytes_allocated_peak
         original, lossless = report.bytes_full / stored, report.bytes_full_cacheable / stored
         lines.append(
-            f"{column.name:<14}  {report.peak_tokens:>13.1f}  {stored / 2**10:>10.1f}  {original:>8.2f}x less"
-            f"  {lossless:>8.2f}x less  {column.seconds:>15.2f}"
+            f"{row.name:<14}  {report.peak_tokens:>13.1f}  {stored / 2**10:>10.1f}  {original:>8.2f}x less"
+            f"  {lossless:>8.2f}x less  {row.seconds:>15.2f}"
         )
     return lines

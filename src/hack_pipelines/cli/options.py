@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEVICES = ("auto", "cpu", "cuda")
 DEVICE_MAPS = ("balanced",)
+OFFLOADS = ("model", "group")
 NULL_CLASS = -1
 
 
@@ -84,6 +85,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, head_profile: bool = Tr
         "--device-map",
         choices=DEVICE_MAPS,
         help="spread the parts of the model over all GPUs of the machine, for models larger than one",
+    )
+    group.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        help="keep weights in main memory and bring them to the GPU when they are needed: one part of the model after the "
+        "other (model), or layer by layer, which needs least and takes longest (group)",
     )
     if head_profile:
         group.add_argument(
@@ -147,10 +154,14 @@ def check_device_map(args: argparse.Namespace):
     Refuse a device map that cannot be meant.
 
     Raises:
-        `ValueError`: if a device is given as well, or several processes would each spread over the same GPUs.
+        `ValueError`: if a device or an offload is given as well, or several processes would each spread over the same GPUs.
     """
     if args.device_map is None:
         return
+    if args.offload:
+        raise ValueError(
+            f"`--device-map {args.device_map}` keeps all weights on the GPUs: leave it out, or leave out `--offload {args.offload}`."
+        )
     if args.device != "auto":
         raise ValueError(
             f"`--device-map {args.device_map}` chooses the devices itself: leave out `--device {args.device}`."
@@ -173,6 +184,8 @@ def load_pipeline(args: argparse.Namespace, device: str | None = None) -> "HackV
         device (`str`, *optional*):
             Where it goes; by default what `--device` says. A device map goes its own ways.
     """
+    import torch
+
     from ..pipelines import HackVARPipeline
 
     check_device_map(args)
@@ -187,7 +200,11 @@ def load_pipeline(args: argparse.Namespace, device: str | None = None) -> "HackV
         **device_map,
     )
     pipe.set_progress_bar_config(disable=None, leave=False)
-    return pipe if device_map else pipe.to(device)
+    if args.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif args.offload == "group":
+        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level")
+    return pipe if args.offload or device_map else pipe.to(device)
 
 
 def load_next_token_pipeline(args: argparse.Namespace, device: str | None = None) -> "NextTokenPipeline":

@@ -28,7 +28,7 @@ class Sheet:
         left (`Sequence[str]`, *optional*):
             A label for each row.
         top (`Sequence[str]`, *optional*):
-            A heading for each column; its lines after the first are faint.
+            A heading for each column; what follows a line break is faint.
         below (`Sequence[Sequence[str]]`, *optional*):
             A caption for each picture.
     """
@@ -45,11 +45,12 @@ class Sheet:
         scale = max(1, SMALLEST_SIDE // self.rows[0][0].width)
         self.width, self.height = (side * scale for side in self.rows[0][0].size)
         self.labels = [wrap(text, self.font, LABEL_WIDTH) for text in self.left]
-        self.headings = [text.split("\n") for text in self.top]
+        # The heading itself, as many lines as it needs, and what is faint.
+        self.headings = [(wrap(text.split("\n")[0], self.font, self.width), text.split("\n")[1:]) for text in self.top]
         self.captions = [[wrap(text, self.font, self.width) for text in row] for row in self.below]
         widest = max((self.font.getlength(line) for lines in self.labels for line in lines), default=-MARGIN)
         self.left_edge = MARGIN + round(widest) + MARGIN
-        self.top_edge = MARGIN + block_height(self.headings)
+        self.top_edge = MARGIN + block_height([name + faint for name, faint in self.headings])
         self.row_height = self.height + GAP + block_height([lines for row in self.captions for lines in row])
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
@@ -65,10 +66,10 @@ class Sheet:
             for column, picture in enumerate(pictures):
                 enlarged = picture.convert("RGB").resize((self.width, self.height), Image.Resampling.BICUBIC)
                 sheet.paste(enlarged, self.corner(row, column))
-        for column, lines in enumerate(self.headings):
+        for column, (name, faint) in enumerate(self.headings):
             x = self.corner(0, column)[0] + self.width // 2
-            self.write(pen, lines[:1], x, MARGIN, "ma", INK)
-            self.write(pen, lines[1:], x, MARGIN + LINE_HEIGHT, "ma", FAINT_INK)
+            self.write(pen, name, x, MARGIN, "ma", INK)
+            self.write(pen, faint, x, MARGIN + len(name) * LINE_HEIGHT, "ma", FAINT_INK)
         for row, lines in enumerate(self.labels):
             y = self.corner(row, 0)[1] + (self.height - len(lines) * LINE_HEIGHT) // 2
             self.write(pen, lines, self.left_edge - MARGIN, y, "ra", INK)
@@ -90,10 +91,12 @@ def block_height(blocks: Sequence[Lines]) -> int:
 
 
 def wrap(text: str, font: Font, width: int) -> Lines:
-    """Lines of a text that are no wider than `width` pixels, as far as spaces and hyphens allow."""
-    lines = [""]
-    for piece in re.findall(r"\S+?(?:-|\s+|$)", text):
-        if lines[-1] and font.getlength((lines[-1] + piece).rstrip()) > width:
-            lines.append("")
-        lines[-1] += piece
+    """Lines of a text that are no wider than `width` pixels, as far as spaces and hyphens allow; its own breaks stay."""
+    lines = []
+    for paragraph in text.split("\n"):
+        lines.append("")
+        for piece in re.findall(r"\S+?(?:-|\s+|$)", paragraph):
+            if lines[-1] and font.getlength((lines[-1] + piece).rstrip()) > width:
+                lines.append("")
+            lines[-1] += piece
     return [line.rstrip() for line in lines]
