@@ -404,6 +404,11 @@ def test_largest_batch_fits_and_one_more_does_not(model, gigabyte):
     assert estimate(replace(request, images=images + 1)).total > card
 
 
+def test_one_token_is_not_everything():
+    few, everything = (estimate(Request("d16", kv_budget=budget, method="random")) for budget in (1, 1.0))
+    assert (few.peak_tokens, everything.peak_tokens) == (1, 424)
+
+
 def test_table_of_one_card(capsys):
     assert main(["memory", "--table", "--card", "80GB", "--prompt-tokens", "64"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]

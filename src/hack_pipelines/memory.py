@@ -341,6 +341,7 @@ def parts_of(model: str) -> tuple[Any, Any]:
         return InfinityTransformer2DModel(**shape.transformer), MultiScaleBSQModel(**shape.tokenizer)
 
 
+@lru_cache(maxsize=64)
 def weight_bytes(model: Any, dtype: torch.dtype) -> int:
     """
     Parameters and buffers of a model after `from_pretrained(..., dtype=dtype)`: those whose path has a name of
@@ -386,6 +387,14 @@ def plan_of(request: Request, geometry: Geometry) -> Plan | None:
     """The method's plan at the budget, or `None` without one."""
     if request.kv_budget is None:
         return None
+    # Batches of any size and texts of any length have the same plan.
+    request = replace(request, images=1, prompt_tokens=MAX_PROMPT_TOKENS)
+    return cached_plan(request, geometry, type(request.kv_budget))
+
+
+@lru_cache(maxsize=256)
+def cached_plan(request: Request, geometry: Geometry, budget_type: type) -> Plan:
+    """As [`plan_of`], of a request with a budget; its type counts because 1, a token, equals 1.0, everything."""
     method, profile = get_method(request.method), even_profile(geometry)
     token_bytes = TokenBytes(request.rows_per_image, request.dtype.itemsize, method.metadata_bytes)
     return make_plan(method, geometry, profile, token_bytes, request.kv_budget)
