@@ -29,7 +29,7 @@ from .test_documentation import ROOT
 SPACE = ROOT / "examples" / "space"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 180
 
 
 def open_demo(name: str) -> HackVARPipeline:
@@ -145,7 +145,7 @@ def test_chart_has_the_bytes_after_every_scale(page_module, text_pipe):
     assert page_module.chart_unit(compared) == "KiB"
     lines = {name: rows["size"].tolist() for name, rows in page_module.chart_data(compared).groupby("cache")}
     assert lines["full cache"] == [24, 120, 336, 720, 1320, 2184]
-    assert lines["with the budget"][:2] == [24, 120] and max(lines["with the budget"]) == 362.812
+    assert lines["with the budget"][:2] == [24, 120] and max(lines["with the budget"]) == 362.8125
     assert lines["budget"] == [compared.allowed_bytes / 1024] * 6
 
 
@@ -272,7 +272,6 @@ def servers(browser, page_module, tmp_path_factory):
         for name, process in started.items():
             wait_for(process, ports[name], scratch / f"{name}.log")
         yield {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
-        # What the server logged: no traceback, and nothing that libraries complain of.
         assert {name: "Traceback" in (scratch / f"{name}.log").read_text() for name in logs} == dict.fromkeys(
             logs, False
         )

@@ -22,6 +22,7 @@ NOT_RUN: dict[str, int] = {
     "docs/diffusers.md": 2,
     "docs/hub.md": 1,
     "docs/many-gpus.md": 4,
+    "docs/web-page.md": 2,
     "examples/many_gpus/README.md": 3,
     "examples/train_demo/README.md": 3,
 }

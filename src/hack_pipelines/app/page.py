@@ -36,6 +36,8 @@ SMALLEST_BUDGET = 0.02
 LARGEST_SEED = 2**32 - 1
 # Visitors who may wait for their turn.
 QUEUE_SIZE = 32
+# Pictures lie in files until then.
+KEPT_SECONDS = 3600
 FULL, COMPRESSED, ALLOWED = "full cache", "with the budget", "budget"
 # Later lines lie on earlier ones.
 COLOURS = {ALLOWED: "#2563eb", FULL: "#71717a", COMPRESSED: "#ea580c"}
@@ -109,7 +111,7 @@ def make_page(pipe: "HackVARPipeline", name: str) -> gr.Blocks:
     drawer.compare(start)
     first = drawer.compare(start)
     where = f"Model: `{name}`, {str(pipe.transformer.dtype).removeprefix('torch.')}, on {pipe.device.type}."
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown(f"# {TITLE}\n\n{INTRODUCTION}\n\n{where}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -288,7 +290,7 @@ def chart_data(comparison: Comparison) -> pd.DataFrame:
     size = UNITS[chart_unit(comparison)]
     return pd.DataFrame(
         [
-            {"scale": str(number), "size": round(stored / size, 3), "cache": name}
+            {"scale": str(number), "size": stored / size, "cache": name}
             for name, values in series.items()
             for number, stored in enumerate(values, start=1)
         ]
