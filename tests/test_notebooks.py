@@ -103,7 +103,9 @@ def test_what_is_stored_is_small_and_says_nothing_of_the_machine(path):
         for output in cell.get("outputs", ()):
             assert not output.get("metadata") and output.get("name") != "stderr" and output.output_type != "error"
             texts = {kind: text for kind, text in output.get("data", {}).items() if kind.startswith("text/")}
-            assert not re.search(r"/(?:work|tmp|home|usr|root)/|\b0x[0-9a-f]{6}", json.dumps([texts, output.get("text")]))
+            assert not re.search(
+                r"/(?:work|tmp|home|usr|root)/|\b0x[0-9a-f]{6}", json.dumps([texts, output.get("text")])
+            )
 
 
 @every_notebook

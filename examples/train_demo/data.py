@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -205,6 +204,9 @@ def pictures_3d(archives: Path) -> dict[str, np.ndarray]:
 
 
 def pictures_flat(archives: Path) -> dict[str, np.ndarray]:
+    # Only who builds the data set needs the renderer.
+    import resvg_py
+
     with fetch(archives, PACKAGES["flat"]) as archive:
         icons, names = read_json(archive, "icons.json"), read_json(archive, "chars.json")
     side = icons["width"]
