@@ -7,19 +7,28 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test lint style
+.PHONY: help demo app test lint style docs
 
 help:
 	@echo "make demo   draw demo.png with the small model inside the package"
+	@echo "make app    the small web page, with the same model"
 	@echo "make test   run the fast tests"
+	@echo "make docs   build the documentation into site/"
 	@echo "make lint   check style (ruff) and types (mypy)"
 	@echo "make style  mend what ruff can mend"
 
 demo: $(VENV)/.package
 	$(BIN)/hack-pipelines demo --output demo.png
 
+app: $(VENV)/.test
+	$(BIN)/hack-pipelines app
+
+# One process a core. The tests of a file stay together, since they share what is costly to make.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -54,6 +63,6 @@ $(VENV)/.test: $(VENV)/.package
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@echo "Installing ruff and mypy"
+	@echo "Installing ruff, mypy and build"
 	@$(PIP_INSTALL) -c constraints.txt -e '.[test,dev]'
 	@touch $@

@@ -85,10 +85,14 @@ LOCAL_FILES: dict[str, Callable[[], Files]] = {
 }
 
 
+# Infinity opens its text encoder by itself.
+NEEDED_BY = {"google/flan-t5-xl": "FoundationVision/Infinity"}
+
+
 def provide(text: str, hub: HubServer, folder: Path):
     """Put what the blocks of a page name where a reader with a network, and with downloaded files, has it."""
     for name, files in REPOS.items():
-        if name in text:
+        if name in text or name in NEEDED_BY and NEEDED_BY[name] in text:
             hub.commit(name, files())
     for name, files in LOCAL_FILES.items():
         if name in text:
