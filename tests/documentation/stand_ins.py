@@ -89,8 +89,13 @@ LOCAL_FILES: dict[str, Callable[[], Files]] = {
 NEEDED_BY = {"google/flan-t5-xl": "FoundationVision/Infinity"}
 
 
+# What else opening a repo asks for.
+ALSO = {"FoundationVision/Infinity": "google/flan-t5-xl"}
+
+
 def provide(text: str, hub: HubServer, folder: Path):
     """Put what the blocks of a page name where a reader with a network, and with downloaded files, has it."""
+    text += "".join(other for name, other in ALSO.items() if name in text)
     for name, files in REPOS.items():
         if name in text or name in NEEDED_BY and NEEDED_BY[name] in text:
             hub.commit(name, files())
