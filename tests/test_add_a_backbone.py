@@ -31,6 +31,7 @@ def test_example_notices_a_backbone_that_forgets_the_history(example, monkeypatc
 
     def forgetful(self, hidden_states, layer, kv_cache, mask):
         if kv_cache is not None:
+            forward(self, hidden_states, layer, kv_cache, mask)
             mask = torch.ones(2 * (hidden_states.shape[1],), dtype=torch.bool)
         return forward(self, hidden_states, layer, None, mask)
 
