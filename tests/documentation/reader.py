@@ -34,7 +34,7 @@ SMALLER = (
 )
 # Blocks with these are run by the slow tests only: several processes, a compiler, or minutes.
 SLOW = re.compile(
-    r"\b(torchrun|accelerate launch|hack-pipelines compare|compile_repeated_blocks)\b|python (benchmarks|examples)/"
+    r"\b(torchrun|accelerate launch|hack-pipelines compare|compile_repeated_blocks)\b|python (benchmarks/|examples/add_a_method)"
 )
 # What a clone has, and commands name.
 CLONE = ("benchmarks", "docs", "examples", "src", "tests")
