@@ -99,7 +99,7 @@ def test_what_is_stored_is_small_and_says_nothing_of_the_machine(path):
     for cell in notebook.cells:
         assert not cell.metadata
         # Longer lines of code are cut where notebooks are shown.
-        assert cell.cell_type == "markdown" or max(map(len, cell.source.splitlines())) <= 100, cell.id
+        assert cell.cell_type == "markdown" or max(map(len, cell.source.splitlines())) <= 110, cell.id
         for output in cell.get("outputs", ()):
             assert not output.get("metadata") and output.get("name") != "stderr" and output.output_type != "error"
             texts = {kind: text for kind, text in output.get("data", {}).items() if kind.startswith("text/")}
