@@ -389,11 +389,11 @@ def plan_of(request: Request, geometry: Geometry) -> Plan | None:
         return None
     # Batches of any size and texts of any length have the same plan.
     request = replace(request, images=1, prompt_tokens=MAX_PROMPT_TOKENS)
-    return cached_plan(request, geometry, type(request.kv_budget))
+    return cached_plan(request, geometry, type(request.kv_budget).__name__)
 
 
 @lru_cache(maxsize=256)
-def cached_plan(request: Request, geometry: Geometry, budget_type: type) -> Plan:
+def cached_plan(request: Request, geometry: Geometry, budget_type: str) -> Plan:
     """As [`plan_of`], of a request with a budget; its type counts because 1, a token, equals 1.0, everything."""
     method, profile = get_method(request.method), even_profile(geometry)
     token_bytes = TokenBytes(request.rows_per_image, request.dtype.itemsize, method.metadata_bytes)
