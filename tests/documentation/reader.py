@@ -31,6 +31,7 @@ SMALLER = (
     (r"(python benchmarks/raster_quality\.py)", r"\1 --pictures 2"),
     (r"(python benchmarks/raster_steps\.py)", r"\1 --grid 8"),
     ("--images 256", "--images 2"),
+    ("--budgets 0.5 0.3 0.2 0.1 0.05", "--budgets 0.3"),
 )
 # Blocks with these are run by the slow tests only: several processes, a compiler, or minutes.
 SLOW = re.compile(
