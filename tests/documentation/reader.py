@@ -27,7 +27,9 @@ from .pages import OUTPUT, ROOT, RUN, Block, PageError
 ON_THE_CPU = ((r"([\"'])cuda\1", r"\1cpu\1"), (r"--device cuda\b", "--device cpu"))
 SMALLER = (
     ("--height 720 --width 720", "--height 96 --width 96"),
-    (r"(python benchmarks/(?:cache|memory)_shapes\.py)", r"\1 --quick"),
+    # The quick shapes are too small for HeatKV.
+    (r"(python benchmarks/(?:cache|memory)_shapes\.py)(?!.*heatkv)", r"\1 --quick"),
+    ("--repeats 4 --methods", "--repeats 1 --methods"),
     (r"(python benchmarks/raster_quality\.py)", r"\1 --pictures 2"),
     (r"(python benchmarks/raster_steps\.py)", r"\1 --grid 8"),
     ("--images 256", "--images 2"),
@@ -96,8 +98,8 @@ class Reader:
     def bring_what_is_named(self, blocks: list[Block]):
         """Copies, since what a command writes may not end in the repository."""
         text = "".join(block.text for block in blocks if not block.mark)
-        for name in CLONE:
-            if re.search(rf"(?<![\w/]){name}/", text):
+        if re.search(rf"(?<![\w/])({'|'.join(CLONE)})/", text):
+            for name in CLONE:
                 shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
     def run(self, block: Block, shown: Block | None):
@@ -174,6 +176,9 @@ def captured(program: Callable[[], int | None]) -> tuple[str, str | None]:
             status = program()
         except SystemExit as error:
             status = error.code
+        except Exception:
+            traceback.print_exc()
+            status = 1
     return printed.getvalue(), f"exit status {status}" if status else None
 
 

@@ -176,10 +176,15 @@ def test_page_leaves_nothing_behind(tmp_path):
     assert "x" not in METHODS and sys.path == path and "own_module" not in sys.modules
 
 
+def test_script_that_raises_is_a_block_that_fails(tmp_path):
+    (tmp_path / "script.py").write_text("raise RuntimeError('no such model')")
+    with pytest.raises(PageError, match="page.md:2: this bash block fails(?s:.*)exit status 1(?s:.*)no such model"):
+        read(tmp_path, "```bash\npython script.py\n```\n")
+
+
 def test_commands_write_into_copies_of_the_clone(tmp_path):
     read(tmp_path, "```bash\necho gone > benchmarks/README\nls examples/add_a_method.py\n```\n")
     assert (tmp_path / "benchmarks" / "README").exists() and not (ROOT / "benchmarks" / "README").exists()
-    assert not (tmp_path / "src").exists()
 
 
 @pytest.mark.parametrize(
