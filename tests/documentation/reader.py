@@ -31,7 +31,7 @@ SMALLER = (
     (r"(python benchmarks/(?:cache|memory)_shapes\.py)(?!.*heatkv)", r"\1 --quick"),
     ("--repeats 4 --methods", "--repeats 1 --methods"),
     (r"(python benchmarks/raster_quality\.py)", r"\1 --pictures 2"),
-    (r"(python benchmarks/raster_steps\.py)", r"\1 --grid 8"),
+    (r"(python benchmarks/raster_steps\.py)", r"\1 --grid 12"),
     ("--images 256", "--images 2"),
     ("--budgets 0.5 0.3 0.2 0.1 0.05", "--budgets 0.3"),
 )
