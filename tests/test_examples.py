@@ -165,6 +165,7 @@ def test_a_text_model_is_trained_exported_and_judged(folder, capsys):
     assert float(rows[0]["Fréchet distance (full cache's pictures)"]) == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_class_model_is_trained_and_exported(folder):
     runs, output = folder / "class_runs", folder / "class"
     short = ("--runs", runs, "--minutes", 0.02, "--batch-size", 2)
@@ -183,6 +184,7 @@ def test_a_class_model_is_trained_and_exported(folder):
     assert held_out["tokens"].shape == (9, 155) and held_out["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_raster_model_is_trained_and_exported(folder):
     runs, output = folder / "raster_runs", folder / "raster"
     train(

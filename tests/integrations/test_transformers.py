@@ -3,6 +3,7 @@
 import copy
 import weakref
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -484,7 +485,9 @@ def test_plans_keep_the_budget(lines, width, heads, groups, data):
         assert held <= budget * heads
         # Not more than rounding is left unused.
         assert held > min(budget, present) * heads - max(map(len, layer.groups))
-        assert min(counts) >= min(2 * width, present) and list(counts) == sorted(counts, reverse=True)
+        assert min(counts) >= min(2 * width, present)
+        # A token that is left may be enough for a later group of one head, and not for an earlier one of two.
+        assert all(earlier >= later - 1 for earlier, later in pairwise(counts))
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(96, (144, 48)), (72, (96, 48)), (48, (48, 48))])
