@@ -7,15 +7,16 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo app test lint style docs
+.PHONY: help demo app test lint style docs notebooks
 
 help:
-	@echo "make demo   draw demo.png with the small model inside the package"
-	@echo "make app    the small web page, with the same model"
-	@echo "make test   run the fast tests"
-	@echo "make docs   build the documentation into site/"
-	@echo "make lint   check style (ruff) and types (mypy)"
-	@echo "make style  mend what ruff can mend"
+	@echo "make demo       draw demo.png with the small model inside the package"
+	@echo "make app        a web page to draw in, with the same model"
+	@echo "make test       run the fast tests"
+	@echo "make lint       check style (ruff) and types (mypy)"
+	@echo "make style      mend what ruff can mend"
+	@echo "make docs       build the documentation into site/"
+	@echo "make notebooks  run the notebooks in examples/ and store what they print"
 
 demo: $(VENV)/.package
 	$(BIN)/hack-pipelines demo --output demo.png
@@ -28,6 +29,9 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # The variable silences a notice of the theme about a MkDocs 2 that is not used here.
+notebooks: $(VENV)/.test
+	$(BIN)/python examples/notebooks/run.py
+
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
