@@ -20,6 +20,7 @@ from hack_pipelines.cli.options import parse_budget, parse_class
 from hack_pipelines.cli.sheet import GAP, MARGIN, Sheet, wrap
 from hack_pipelines.distributed import file_name
 from hack_pipelines.methods import METHODS, RASTER_METHODS
+from hack_pipelines.models.infinity_schedules import template_schedule
 
 from .components import seeds, tiny_pipeline, tiny_text_pipeline
 from .conftest import FIXTURES
@@ -493,7 +494,8 @@ def test_files_of_prompts_are_read_before_the_model(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("offload", ["model", "group"])
 @pytest.mark.parametrize("entry", ["a red apple", "3"])
-def test_offloaded_models_draw_the_same(request, tmp_path, monkeypatch, offload, entry):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is a GPU to offload to")
+def test_offloaded_models_draw_the_same(request, tmp_path, monkeypatch, capsys, offload, entry):
     """Without a GPU weights go from main memory to main memory, through the same hooks."""
     folder = request.getfixturevalue("model" if entry == "3" else "text_model")
     reached = []
@@ -509,6 +511,9 @@ def test_offloaded_models_draw_the_same(request, tmp_path, monkeypatch, offload,
         path = tmp_path / f"{len(more)}.png"
         assert main(["generate", entry, "--model", folder, "--kv-budget", "0.3", "-o", str(path), *more]) == 0
         pictures.append(path.read_bytes())
+        assert (f"`--offload {offload}` brings weights to a GPU, but none is used" in capsys.readouterr().err) is bool(
+            more
+        )
     assert pictures[0] == pictures[1]
     # Diffusers calls the first again after each call.
     assert set(reached) == {{"model": "enable_model_cpu_offload", "group": "enable_group_offload"}[offload]}
@@ -629,6 +634,20 @@ def test_calibrate_takes_prompts_of_a_file_in_turn(text_model, tmp_path, capsys)
     advice = f'generate "a lighthouse in a storm" --model {text_model} --head-profile {folder} --kv-budget 0.3'
     assert capsys.readouterr().out.splitlines()[-1] == f"draw with it: hack-pipelines {advice}"
     assert main([*shlex.split(advice), "-o", str(tmp_path / "a.png")]) == 0
+
+
+def test_calibrate_takes_a_size(model, tmp_path, capsys):
+    """A profile of the smallest size serves all, and a small card may have room for no other."""
+    own, smallest = (template_schedule(1.0, pixels) for pixels in ("0.25M", "0.06M"))
+    pipe = tiny_text_pipeline(own.sizes)
+    pipe.save_pretrained(tmp_path / "sized")
+    height, width = map(str, pipe.image_size(smallest))
+    argv = ["calibrate", "--num-samples", "1", "-o", str(tmp_path / "profile")]
+    assert main([*argv, "--model", str(tmp_path / "sized"), "--height", height, "--width", width]) == 0
+    assert HeadProfile.from_pretrained(tmp_path / "profile").schedule == smallest
+    assert refused(capsys, *argv, "--model", model, "--height", "256") == (
+        f"`--height` is for text-to-image models, but {model} is a class-conditional model: leave it out."
+    )
 
 
 def test_calibrate_takes_classes_of_a_file(model, tmp_path, capsys):

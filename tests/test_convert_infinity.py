@@ -424,15 +424,18 @@ def test_text_encoder_is_taken_out_of_a_sharded_whole_model(t5, tmp_path):
         load_original(TRANSFORMER, TOKENIZER, text_encoder=tmp_path)
 
 
-@pytest.mark.parametrize("with_text", [False, True])
-def test_convert_command_takes_a_text_encoder(with_text, t5, tmp_path, capsys):
+@pytest.mark.parametrize(("with_text", "dtype"), [(False, None), (True, None), (True, "bf16")])
+def test_convert_command_takes_a_text_encoder(with_text, dtype, t5, tmp_path, capsys):
     folder = tmp_path / "converted"
     options = ["--text-encoder", str(t5)] if with_text else []
+    options += ["--dtype", dtype] if dtype else []
     assert main(["convert", str(TRANSFORMER), str(TOKENIZER), str(folder), *options]) == 0
     assert (folder / "text_encoder").is_dir() is (folder / "tokenizer").is_dir() is with_text
     advice = "it draws from text features only: convert with --text-encoder to draw from prompts"
     if with_text:
-        advice = f'draw with it: hack-pipelines generate --model {folder} "a lighthouse in a storm"'
+        # Without the dtype the weights would be opened in float32, in twice the memory.
+        precision = " --dtype bf16" if dtype else ""
+        advice = f'draw with it: hack-pipelines generate --model {folder}{precision} "a lighthouse in a storm"'
     assert capsys.readouterr().out.splitlines()[1] == advice
 
 

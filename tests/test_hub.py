@@ -151,7 +151,7 @@ def test_offline_without_a_cache_says_so(hub, name, monkeypatch):
 
 def test_unreachable_hub_says_so(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match="'org/tiny' is no folder here"):
+    with pytest.raises(ConnectionError, match="There is no folder 'org/tiny' here: check the path"):
         locate("org/tiny")
 
 

@@ -330,7 +330,7 @@ def test_command_says_what_was_snapped_and_what_fits(capsys):
     assert re.fullmatch(
         r"  all weights on it: \d\.\d\d GB too much; hack\+\+ fits with kv_budget=0\.\d+ or less", lines[-2]
     )
-    assert re.fullmatch(r"  with model offload: fits, \d\.\d\d GB to spare", lines[-1])
+    assert re.fullmatch(r"  with model offload \(--offload model\): fits, \d\.\d\d GB to spare", lines[-1])
 
 
 @pytest.mark.parametrize("option", ["--size=0", "--size=10x", "--card=12", "--batch-size=0", "--model=3b"])

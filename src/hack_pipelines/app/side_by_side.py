@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ..cache.budget import TokenBytes, budget_tokens
 from ..cache.storage import get_storage
 from ..cli.demo import choose_entries
-from ..cli.options import ClassFamily, family_of, seeded
+from ..cli.families import ClassFamily, family_of
+from ..cli.options import seeded
 from ..methods import DEFAULT_METHOD, METHODS, get_method
 
 

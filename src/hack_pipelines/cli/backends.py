@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Family, family_of, load_next_token_pipeline, load_pipeline
+from .families import Family, family_of
+from .options import load_next_token_pipeline, load_pipeline
 
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .families import Family, TextFamily, family_of
 from .options import (
-    Family,
     add_model_arguments,
     add_prompts_file_argument,
-    family_of,
+    add_size_arguments,
     load_pipeline,
     parse_seed,
     positive_int,
@@ -20,6 +20,7 @@ from .output import check_folder
 
 if TYPE_CHECKING:
     from ..profiles import HeadProfile
+    from ..schedule import Schedule
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -34,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the profile goes")
     parser.add_argument("--num-samples", type=positive_int, default=50, metavar="N", help="pictures (default: 50)")
     add_prompts_file_argument(parser)
+    add_size_arguments(parser)
     parser.add_argument("--seed", type=parse_seed, default=0, help="of the first picture, the next have the next ones")
     parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="drawn at a time (default: 1)")
     parser.add_argument(
@@ -48,8 +50,8 @@ def run(args: argparse.Namespace):
     texts = read_prompts_file(args.prompts_file)
     check_output(args.output)
     family = family_of(load_pipeline(args))
-    inputs = family.parse(texts) if texts else None
-    profile = record(family, args, args.seed, inputs)
+    inputs, schedule = family.parse(texts) if texts else None, chosen_schedule(family, args)
+    profile = record(family, args, args.seed, inputs, schedule)
     profile.save_pretrained(args.output)
     print(f"{args.output}: head profile of {profile.title} from {args.num_samples} pictures")
     print(f"{args.output / 'head_map.png'}: its head types as a picture")
@@ -58,13 +60,30 @@ def run(args: argparse.Namespace):
     if args.check:
         from ..calibration import split_half_correlation
 
-        again = record(family, args, args.seed + args.num_samples, inputs)
+        again = record(family, args, args.seed + args.num_samples, inputs, schedule)
         print(f"rank correlation with another {args.num_samples} seeds: {split_half_correlation(profile, again):.3f}")
     model = f"--model {args.model} --head-profile {args.output}"
     print(f"draw with it: hack-pipelines generate {family.example} {model} --kv-budget 0.3")
 
 
-def record(family: Family, args: argparse.Namespace, seed: int, inputs: list[int | str] | None) -> "HeadProfile":
+def chosen_schedule(family: Family, args: argparse.Namespace) -> "Schedule | None":
+    """
+    The scales of the size that was typed; the model's own where none was.
+
+    Raises:
+        `ValueError`: if the model draws one size only.
+    """
+    size = {name: value for name in ("height", "width") if (value := getattr(args, name)) is not None}
+    if size and not isinstance(family, TextFamily):
+        raise ValueError(
+            f"`--{next(iter(size))}` is for {TextFamily.kind} models, but {args.model} is a {family.kind} model: leave it out."
+        )
+    return family.pipe.resolve_schedule(**size) if size else None
+
+
+def record(
+    family: Family, args: argparse.Namespace, seed: int, inputs: list[int | str] | None, schedule: "Schedule | None"
+) -> "HeadProfile":
     """Record a profile from seeds that start at `seed`, of the built-in prompts or classes where no others are given."""
     from ..calibration import calibrate
 
@@ -74,6 +93,7 @@ def record(family: Family, args: argparse.Namespace, seed: int, inputs: list[int
         seed=seed,
         batch_size=args.batch_size,
         inputs=inputs,
+        schedule=schedule,
         # What the user calls the model; a path would only mean something on this machine.
         base_model=None if Path(args.model).exists() else args.model,
         progress=sys.stderr.isatty(),

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .families import Family, family_of
 from .options import (
-    Family,
     add_model_arguments,
     add_prompts_file_argument,
     choose_device,
-    family_of,
     load_pipeline,
     parse_budget,
     parse_seed,

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .options import DTYPES, ClassFamily, TextFamily, torch_dtype
+from .families import ClassFamily, TextFamily
+from .options import DTYPES, torch_dtype
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -54,17 +55,18 @@ def run(args: argparse.Namespace):
     )
     files = [path for path in folder.rglob("*") if path.is_file()]
     print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")
-    print(advice(folder))
+    print(advice(folder, args.dtype))
 
 
-def advice(folder: Path) -> str:
-    """What to do with a converted folder."""
+def advice(folder: Path, dtype: str | None) -> str:
+    """What to do with a converted folder, whose weights are opened in float32 where nothing else is said."""
     # Classes of components by name; a pipeline that takes no text has no entry for its encoder, `[null, null]` is left out.
     text_encoder = read_json(folder / "model_index.json").get("text_encoder", "none needed")
     if text_encoder == [None, None]:
         return "it draws from text features only: convert with --text-encoder to draw from prompts"
     family = ClassFamily if text_encoder == "none needed" else TextFamily
-    return f"draw with it: hack-pipelines generate --model {folder} {family.example}"
+    precision = "" if dtype in (None, "fp32") else f" --dtype {dtype}"
+    return f"draw with it: hack-pipelines generate --model {folder}{precision} {family.example}"
 
 
 def read_json(path: Path) -> Any:

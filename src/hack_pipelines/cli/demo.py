@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import ClassFamily, Family, add_model_arguments, family_of, load_pipeline, parse_seed, seeded
+from .families import ClassFamily, Family, family_of
+from .options import add_model_arguments, load_pipeline, parse_seed, seeded
 from .output import check_picture
 
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..distributed import PictureFolder, Worker, fingerprint, split_work
 from .backends import BACKENDS
+from .families import COMMON_ARGUMENTS, FAMILIES, Family
 from .options import (
-    COMMON_ARGUMENTS,
     DTYPES,
-    FAMILIES,
-    Family,
     add_model_arguments,
     add_prompts_file_argument,
+    add_size_arguments,
     check_device_map,
     check_method,
     choose_device,
@@ -129,10 +128,7 @@ def add_text_arguments(parser: argparse.ArgumentParser):
     """What only text-to-image models take."""
     group = parser.add_argument_group("text-to-image models only")
     group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
-    group.add_argument(
-        "--height", type=positive_int, metavar="N", help="in pixels; the nearest that the model draws is taken"
-    )
-    group.add_argument("--width", type=positive_int, metavar="N", help="likewise")
+    add_size_arguments(group)
 
 
 def add_class_arguments(parser: argparse.ArgumentParser):

@@ -186,7 +186,7 @@ def fit_lines(request: "Request", card: int, fitting: "Fit") -> list[str]:
     """What a card makes possible."""
     ways = (
         ("all weights on it", fitting.spare, fitting.budget),
-        ("with model offload", fitting.spare_offload, fitting.budget_offload),
+        ("with model offload (--offload model)", fitting.spare_offload, fitting.budget_offload),
     )
     lines = [f"a card of {card / GB:.1f} GB"]
     for way, spare, budget in ways:
@@ -195,7 +195,7 @@ def fit_lines(request: "Request", card: int, fitting: "Fit") -> list[str]:
         elif budget is not None:
             answer = f"{-spare / GB:.2f} GB too much; {request.method} fits with kv_budget={budget} or less"
         else:
-            answer = f"{-spare / GB:.2f} GB too much, and no smaller kv_budget fits"
+            answer = f"{-spare / GB:.2f} GB too much, with any kv_budget"
         lines.append(f"  {way}: {answer}")
     return lines
 

@@ -64,8 +64,8 @@ def explained(name: str, revision: str | None, act: str = "read") -> Iterator[No
         if isinstance(cause, HfHubHTTPError):
             raise refusal(cause, name, at, act) from error
         raise ConnectionError(
-            f"{name!r}{at} is no folder here and not, or not completely, in the cache, and the Hub was not asked or not "
-            "reached: connect, or unset HF_HUB_OFFLINE and `local_files_only`."
+            f"There is no folder {name!r} here: check the path. If a Hub repo is meant, {name!r}{at} is not, or not completely, in "
+            "the cache, and the Hub was not asked or not reached: connect, or unset HF_HUB_OFFLINE and `local_files_only`."
         ) from error
     except EntryNotFoundError as error:
         raise ValueError(f"The Hub repo {name!r}{at} lacks a file that is needed: {one_line(error)}") from error

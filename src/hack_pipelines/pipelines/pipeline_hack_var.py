@@ -512,8 +512,9 @@ class HackVARPipeline(DiffusionPipeline):
             from ..calibration.calibrate import calibrate
 
             logger.warning(
-                f"No head profile is attached, so one is made now from a fixed input ({method.name!r} needs it). "
-                "Calibrate properly with `hack-pipelines calibrate` and attach it with `pipe.load_head_profile(...)`."
+                f"No head profile is attached, so one is made now from a fixed input, for this process only ({method.name!r} "
+                "needs it). `hack-pipelines calibrate --model MODEL --output MODEL/head_profile` makes a better one once, where "
+                "the model's folder is opened with it; `--head-profile` or `pipe.load_head_profile(...)` attach any other."
             )
             self._fallback_profile = calibrate(
                 self, num_samples=1, seed=0, progress=False, schedule=self.fallback_schedule
