@@ -645,6 +645,24 @@ def test_calibrate_takes_a_size(model, tmp_path, capsys):
     argv = ["calibrate", "--num-samples", "1", "-o", str(tmp_path / "profile")]
     assert main([*argv, "--model", str(tmp_path / "sized"), "--height", height, "--width", width]) == 0
     assert HeadProfile.from_pretrained(tmp_path / "profile").schedule == smallest
+    # It is read for the larger ones.
+    argv = [
+        "generate",
+        "a cat",
+        "--model",
+        str(tmp_path / "sized"),
+        "--kv-budget",
+        "0.3",
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
+    assert main([*argv, "--head-profile", str(tmp_path / "profile")]) == 0
+    tiny_text_pipeline([(1, 1), (2, 2), (5, 5)]).save_pretrained(tmp_path / "other")
+    argv = [tmp_path / "other" if word == str(tmp_path / "sized") else word for word in argv]
+    assert "does not fit this model, which has scales of sizes" in refused(
+        capsys, *argv, "--head-profile", tmp_path / "profile"
+    )
+    argv = ["calibrate", "--num-samples", "1", "-o", str(tmp_path / "second")]
     assert refused(capsys, *argv, "--model", model, "--height", "256") == (
         f"`--height` is for text-to-image models, but {model} is a class-conditional model: leave it out."
     )

@@ -102,3 +102,5 @@ def provide(text: str, hub: HubServer, folder: Path):
     for name, files in LOCAL_FILES.items():
         if name in text:
             (folder / name).write_bytes(files()[name])
+    if "--text-encoder flan-t5-xl" in text:
+        tiny_t5(folder / "flan-t5-xl")

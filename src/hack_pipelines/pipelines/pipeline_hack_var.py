@@ -389,7 +389,9 @@ class HackVARPipeline(DiffusionPipeline):
         """
         if not isinstance(head_profile, HeadProfile):
             head_profile = HeadProfile.from_pretrained(str(head_profile), **kwargs)
-        head_profile.check_fits(self.geometry())
+        # A model that draws several sizes reads a profile of any of them.
+        recorded = head_profile.schedule
+        head_profile.check_fits(self.geometry(recorded if self.draws(recorded) else None))
         self.head_profile = head_profile
 
     @property
@@ -406,6 +408,10 @@ class HackVARPipeline(DiffusionPipeline):
     @abstractmethod
     def schedule(self) -> Schedule:
         """The scales that the model draws where the call does not say otherwise."""
+
+    def draws(self, schedule: Schedule) -> bool:
+        """Whether the model was made for these scales."""
+        return schedule == self.schedule
 
     @property
     def fallback_schedule(self) -> Schedule | None:

@@ -110,6 +110,10 @@ class HackVARTextPipeline(HackVARPipeline):
     def schedule(self) -> Schedule:
         return Schedule(tuple((int(height), int(width)) for height, width in self.config["scale_schedule"]))
 
+    def draws(self, schedule: Schedule) -> bool:
+        """A model of Infinity's sizes draws all of them."""
+        return super().draws(schedule) or (is_template(self.schedule) and is_template(schedule))
+
     @property
     def fallback_schedule(self) -> Schedule | None:
         """
