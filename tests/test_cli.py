@@ -636,6 +636,15 @@ def test_calibrate_takes_prompts_of_a_file_in_turn(text_model, tmp_path, capsys)
     assert main([*shlex.split(advice), "-o", str(tmp_path / "a.png")]) == 0
 
 
+def test_a_profile_in_the_models_folder_needs_no_naming(tmp_path, capsys):
+    folder = tmp_path / "text"
+    tiny_text_pipeline(TEXT_SIZES).save_pretrained(folder)
+    assert main(["calibrate", "--model", str(folder), "-o", str(folder / "head_profile"), "--num-samples", "1"]) == 0
+    advice = capsys.readouterr().out.splitlines()[-1].removeprefix("draw with it: hack-pipelines ")
+    assert advice == f'generate "a lighthouse in a storm" --model {folder} --kv-budget 0.3'
+    assert main([*shlex.split(advice), "-o", str(tmp_path / "a.png")]) == 0
+
+
 def test_calibrate_takes_a_size(model, tmp_path, capsys):
     """A profile of the smallest size serves all, and a small card may have room for no other."""
     own, smallest = (template_schedule(1.0, pixels) for pixels in ("0.25M", "0.06M"))

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace):
 
         again = record(family, args, args.seed + args.num_samples, inputs, schedule)
         print(f"rank correlation with another {args.num_samples} seeds: {split_half_correlation(profile, again):.3f}")
-    model = f"--model {args.model} --head-profile {args.output}"
+    # There it is attached whenever the model is opened.
+    belongs = args.output.resolve() == (Path(args.model) / "head_profile").resolve()
+    model = f"--model {args.model}" if belongs else f"--model {args.model} --head-profile {args.output}"
     print(f"draw with it: hack-pipelines generate {family.example} {model} --kv-budget 0.3")
 
 
