@@ -34,8 +34,7 @@ from hack_pipelines.integrations.next_token import (
     draw_codes,
 )
 from hack_pipelines.integrations.transformers import HeadKVCache, head_attention
-from hack_pipelines.methods import HeadKVAR, Plan
-from hack_pipelines.methods.base import uniform_plan
+from hack_pipelines.methods import HeadKVAR, Plan, uniform_plan
 from hack_pipelines.profiles.statistics import rank_correlation
 
 

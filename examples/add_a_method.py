@@ -1,7 +1,7 @@
 """
 A compression method of one's own, compared with others on the demo model (about two minutes on a laptop).
 
-    python examples/add_a_method.py --output results/alternating
+    python examples/add_a_method.py --output results/checkerboard
 
 `docs/adding-a-method.md` walks through it. The folder then holds the table, the plot and the pictures.
 """
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from hack_pipelines.cli import main
-from hack_pipelines.methods import Geometry, Method, Plan, Ranking, StepView, register_method
-from hack_pipelines.methods.base import uniform_plan
+from hack_pipelines.methods import Geometry, Method, Plan, Ranking, StepView, register_method, uniform_plan
 
 
 if TYPE_CHECKING:
@@ -66,12 +65,14 @@ class Checkerboard(Method):
 
 
 if __name__ == "__main__":
-    main(
-        [
-            "compare",
-            *("--methods", "checkerboard", "scale_window", "random", "hack++"),
-            *("--budgets", "0.3", "0.1"),
-            *("--images", "16"),
-            *sys.argv[1:],
-        ]
+    sys.exit(
+        main(
+            [
+                "compare",
+                *("--methods", "checkerboard", "scale_window", "random", "hack++"),
+                *("--budgets", "0.3", "0.1"),
+                *("--images", "16"),
+                *sys.argv[1:],
+            ]
+        )
     )

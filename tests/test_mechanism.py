@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from hack_pipelines.cache import HeadGroupCache, RowwiseCache, make_cache
 from hack_pipelines.cache.storage import Int8Storage, PlainStorage, get_storage
-from hack_pipelines.methods import HACK, METHODS, Geometry, LayerPlan, Plan, Random
+from hack_pipelines.methods import HACK, METHODS, Geometry, LayerPlan, Plan, Random, uniform_plan
 from hack_pipelines.methods.allocation import allocate
-from hack_pipelines.methods.base import uniform_plan
 from hack_pipelines.schedule import Schedule
 
 from .components import half_contextual, planted_profile, seeds, tiny_pipeline, tiny_text_pipeline

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from ..methods.base import Geometry, Method, Plan
+from .checks import check_held
 
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def make_plan(
 
     Raises:
         `TypeError`: if a budget is neither a number nor a string.
-        `ValueError`: if a budget cannot be met, with the smallest that can.
+        `ValueError`: if a budget cannot be met, with the smallest that can, or the method's plan exceeds it.
     """
     total = geometry.schedule.total
     budget = geometry.schedule.cacheable if kv_budget is None else budget_tokens(kv_budget, geometry, token_bytes)
@@ -133,7 +134,7 @@ def make_plan(
                 f"`attention_budget` is {attention_budget!r}, but method {method.name!r} ties what a step attends to to "
                 "what it stores: leave `attention_budget` out and set `kv_budget`."
             )
-        return method.plan(geometry, budget, profile)
+        return within(budget, method, method.plan(geometry, budget, profile))
     wanted = method.attention_budget if attention_budget is None else attention_budget
     attended = total if wanted is None else budget_tokens(wanted, geometry, token_bytes, "attention_budget")
     if attended < smallest:
@@ -142,4 +143,10 @@ def make_plan(
             f"{smallest}: set `attention_budget` to {smallest} (tokens) or {round(smallest / total + 5e-5, 4)} (of {total}) "
             "or more."
         )
-    return method.plan(geometry, budget, profile, attended)
+    return within(budget, method, method.plan(geometry, budget, profile, attended))
+
+
+def within(budget: int, method: Method, plan: Plan) -> Plan:
+    """The plan, once it is known to keep the budget that was asked for, whichever it says it has."""
+    check_held(method, budget, plan.layers, range(len(plan.schedule)))
+    return plan

@@ -9,6 +9,7 @@ from ..methods.base import Method, Plan, Ranking, StepView
 from ..methods.selection import count_before, top
 from .attention import AttentionCall, attention
 from .cache import Cache, joined
+from .checks import check_held, check_ranking
 from .storage import PlainStorage, Planes, Storage
 
 
@@ -109,6 +110,7 @@ class HeadGroupCache(Cache):
     def reset(self):
         super().reset()
         self.layer_plans = list(self.plan.layers)
+        self._replanned = False
         self.groups: list[list[HeadGroup]] = [[] for _ in range(self.num_layers)]
         self._tables: dict[torch.device, dict[str, torch.Tensor]] = {}
         self._non_finite: dict[torch.device, torch.Tensor] = {}
@@ -129,6 +131,9 @@ class HeadGroupCache(Cache):
                 self._tables[key.device] = {name: table.to(key.device) for name, table in self.plan.tables.items()}
         if self.method.plans_by_row:
             self._replan(layer_idx, step, current, call)
+            if layer_idx == self.num_layers - 1 and self._replanned:
+                check_held(self.method, self.plan.budget, self.layer_plans, range(step, len(self.schedule)))
+                self._replanned = False
         groups = self.groups[layer_idx] = self._split(layer_idx, step)
         plan = self.layer_plans[layer_idx]
         lengths = list(zip(groups, plan.attend[step], plan.store[step]))
@@ -166,6 +171,7 @@ class HeadGroupCache(Cache):
         changed = self.method.replan(view, plan)
         if changed is not None:
             self.layer_plans[layer_idx] = changed
+            self._replanned = True
 
     def _split(self, layer_idx: int, step: int) -> list[HeadGroup]:
         """The layer's groups: all heads together until lengths differ, because one call is exact and faster."""
@@ -221,6 +227,7 @@ class HeadGroupCache(Cache):
                 for name, table in self._tables[query.device].items()
             },
             projection=projection,
+            without_ids=None if self.method.needs_ids else self.method.name,
         )
 
     def _attend_group(
@@ -262,6 +269,7 @@ class HeadGroupCache(Cache):
         if not (view.attend < present or 0 < view.store < present or (view.store and self.method.carries_scores)):
             return None
         ranking = self.method.rank(view)
+        check_ranking(self.method, view, ranking)
         for scores in ranking.scores, ranking.store_scores:
             if scores is not None:
                 self._note_finite(scores)

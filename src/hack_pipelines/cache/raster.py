@@ -12,6 +12,7 @@ from ..methods.selection import top
 from ..schedule import Schedule
 from .attention import attention
 from .budget import TokenBytes, budget_tokens, make_plan
+from .checks import check_ranking
 from .head_group import id_dtype, tokens_at
 from .report import CacheMeter, CacheReport
 
@@ -515,6 +516,7 @@ class RasterLayer:
         cache = self.cache
         view = look(group, store)
         ranking = cache.method.rank(view)
+        check_ranking(cache.method, view, ranking)
         finite = torch.isfinite(ranking.scores).all()
         cache.finite = finite if cache.finite is None else cache.finite.to(finite.device) & finite
         slots = max(line.store[place] for line in cache.lines[self.step :]) + cache.width

@@ -53,7 +53,7 @@ def method_lines(method: "type[Method]") -> list[str]:
         f"  protocol: {PROTOCOLS[default.protocol]}",
         f"  head profile: {profile_text(default)}",
         f"  options: {', '.join(f'{name}={value_text(value)}' for name, value in options.items())}",
-        f"  source: {method.source}",
+        f"  source: {method.source or 'not given'}",
     ]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 
-from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView
+from .base import PROTOCOLS, Geometry, LayerPlan, Method, Plan, Ranking, StepView
 from .cake import CAKE
 from .full import Full
 from .h2o import H2O
@@ -24,6 +24,7 @@ from .sliding_window import SlidingWindow
 from .snapkv import SnapKV
 from .spec import parse_method
 from .streaming_llm import StreamingLLM
+from .uniform import layer_plan, uniform_plan
 from .value_norm import ValueNorm
 
 
@@ -70,18 +71,22 @@ def register_method(method: type[Method]) -> type[Method]:
 
     Raises:
         `TypeError`: if it is no such class.
-        `ValueError`: if the name is taken or would not be read back from a text.
+        `ValueError`: if the name is missing, taken or would not be read back from a text, or there is no such protocol.
     """
     if not (isinstance(method, type) and issubclass(method, Method) and is_dataclass(method)):
         raise TypeError(f"A method must be a dataclass derived from `Method` but {method!r} is none.")
     name = getattr(method, "name", None)
     if not isinstance(name, str) or not name or set(name) & set(": ,=@/"):
-        raise ValueError(f"`name` must be a word without any of ':,=@/' but is {name!r}.")
+        raise ValueError(f"`name` of {method.__name__} must be a word without any of ':,=@/' but is {name!r}.")
     known = METHODS.get(name, method)
     # A cell of a notebook that runs again makes the same class anew.
     if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise ValueError(f"There is a method {name!r} already, {METHODS[name].__name__}: choose another name.")
-    method()
+    protocol = getattr(method(), "protocol", None)
+    if protocol not in PROTOCOLS:
+        raise ValueError(
+            f"`protocol` of {method.__name__} must be one of {', '.join(map(repr, PROTOCOLS))} but is {protocol!r}."
+        )
     METHODS[name] = method
     return method
 
@@ -133,5 +138,7 @@ __all__ = [
     "StreamingLLM",
     "ValueNorm",
     "get_method",
+    "layer_plan",
     "register_method",
+    "uniform_plan",
 ]

@@ -19,6 +19,7 @@ SCORED_KEYS = 1024
 SCORED_QUERIES = 256
 # Bytes of a token of a head beside its key and value.
 ID_BYTES, SCORE_BYTES = 2, 4
+PROTOCOLS = ("pre", "post", "decoupled", "static")
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,8 @@ class StepView:
             The plan's tables for these heads, `[heads, ...]` each.
         projection (`torch.Tensor`, *optional*):
             The bare projections of the queries, `[rows, heads, n_k, head_dim]`, for methods that need them.
+        without_ids (`str`, *optional*):
+            Name of the method, where it does not say `needs_ids`: the cache keeps no ids for it.
     """
 
     schedule: Schedule
@@ -239,6 +242,7 @@ class StepView:
     stored_carried: torch.Tensor | None = None
     tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
     projection: torch.Tensor | None = None
+    without_ids: str | None = None
 
     @property
     def num_stored(self) -> int:
@@ -263,6 +267,8 @@ class StepView:
     @property
     def ids(self) -> torch.Tensor:
         """Ids of the present tokens, `[rows, heads, present]`, ascending; for methods with `needs_ids`."""
+        if self.without_ids is not None:
+            raise ValueError(f"Method {self.without_ids!r} reads `view.ids`: set `needs_ids = True` in its class.")
         rows, heads, count, _ = self.key.shape
         first = self.schedule.prefixes[self.step]
         stored = self.stored_ids
@@ -353,12 +359,12 @@ class Method(ABC):
     profile_arrays: ClassVar[tuple[str, ...]] = ()
     """Which arrays of the profile it reads."""
     needs_ids: ClassVar[bool] = False
-    """Whether ranking reads the ids of the tokens."""
+    """Whether ranking reads the ids of the tokens, which the cache then keeps beside them."""
     carries_scores: ClassVar[bool] = False
     """Whether a ranking builds on those of earlier steps, so that every step is ranked and the tokens carry a number."""
     needs_projection: ClassVar[bool] = False
     """Whether ranking reads the bare projections of the queries."""
-    source: ClassVar[str]
+    source: ClassVar[str] = ""
     """Where the method was published."""
     attention_budget: float | int | str | None = None
     """What a step may attend to where the caller does not say, for the `"decoupled"` protocol."""
@@ -401,7 +407,19 @@ class Method(ABC):
 
     @abstractmethod
     def rank(self, view: StepView) -> Ranking:
-        """Order the tokens that are present, called when some of them have to go."""
+        """
+        Order the tokens that are present: first the history (`view.stored_key`, `view.stored_value`), then the current scale.
+
+        Called for a group of heads in steps in which some of its tokens have to go, and with `carries_scores` in every step
+        but the last, also while nothing has to go.
+
+        Args:
+            view ([`StepView`]):
+                The group. At the first step it has no history, and its `stored_carried` is `None`.
+
+        Returns:
+            [`Ranking`]: a score for each row, head and present token.
+        """
 
     def replan(self, view: StepView, layer: LayerPlan) -> LayerPlan | None:
         """
@@ -473,21 +491,6 @@ class Method(ABC):
                 Tokens of the scale.
         """
         return 0
-
-
-def uniform_plan(geometry: Geometry, budget: int, protocol: str) -> Plan:
-    """The plan that gives every head the same budget, as the head-agnostic methods do."""
-    return layer_plan(geometry, budget, [[budget] * len(geometry.schedule)] * geometry.num_layers, protocol)
-
-
-def layer_plan(geometry: Geometry, budget: int, limits: Sequence[Sequence[int]], protocol: str) -> Plan:
-    """The plan that gives all heads of layer `l` the budget `limits[l][k]` after step `k`."""
-    heads = tuple(range(geometry.num_heads))
-    layers = {
-        tuple(own): LayerPlan.from_limits(geometry.schedule, (heads,), ("all",), [(limit,) for limit in own], protocol)
-        for own in limits
-    }
-    return Plan(geometry.schedule, budget, tuple(layers[tuple(own)] for own in limits))
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Geometry, Method, Plan, StepView, check_choice, layer_plan, uniform_plan
+from .base import Geometry, Method, Plan, StepView, check_choice
+from .uniform import layer_plan, uniform_plan
 
 
 if TYPE_CHECKING:

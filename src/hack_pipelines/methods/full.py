@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import Geometry, Method, Plan, Ranking, StepView, uniform_plan
+from .base import Geometry, Method, Plan, Ranking, StepView
+from .uniform import uniform_plan
 
 
 if TYPE_CHECKING:

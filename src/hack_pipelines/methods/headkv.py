@@ -9,8 +9,9 @@ from ..locality import NearTokens
 from ..profiles.statistics import LOCAL_MIN_TOKENS, LOCAL_RADII
 from ..schedule import Schedule
 from .allocation import allocate
-from .base import SCORED_QUERIES, Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice, uniform_plan
+from .base import SCORED_QUERIES, Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice
 from .selection import observed_count, observed_positions
+from .uniform import uniform_plan
 
 
 if TYPE_CHECKING:

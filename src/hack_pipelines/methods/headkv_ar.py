@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .allocation import allocate
-from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice, uniform_plan
+from .base import Geometry, LayerPlan, Method, Plan, Ranking, StepView, check_choice
 from .lines import LineView, TellsHeads, even_columns
+from .uniform import uniform_plan
 
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .base import Geometry, Method, Plan, Ranking, StepView, uniform_plan
+from .base import Geometry, Method, Plan, Ranking, StepView
 from .lines import even_columns
+from .uniform import uniform_plan
 
 
 if TYPE_CHECKING:

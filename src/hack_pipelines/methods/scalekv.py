@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from ..profiles.statistics import TOP_COUNTS
 from ..schedule import Schedule
-from .base import SCORED_KEYS, SCORED_QUERIES, Geometry, Method, Plan, Ranking, StepView, check_choice, layer_plan
+from .base import SCORED_KEYS, SCORED_QUERIES, Geometry, Method, Plan, Ranking, StepView, check_choice
+from .uniform import layer_plan
 
 
 if TYPE_CHECKING:
