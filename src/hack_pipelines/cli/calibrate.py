@@ -10,6 +10,7 @@ from .options import (
     add_model_arguments,
     add_prompts_file_argument,
     add_size_arguments,
+    dtype_option,
     load_pipeline,
     parse_seed,
     positive_int,
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace):
         print(f"rank correlation with another {args.num_samples} seeds: {split_half_correlation(profile, again):.3f}")
     # There it is attached whenever the model is opened.
     belongs = args.output.resolve() == (Path(args.model) / "head_profile").resolve()
-    model = f"--model {args.model}" if belongs else f"--model {args.model} --head-profile {args.output}"
+    profile_option = "" if belongs else f" --head-profile {args.output}"
+    model = f"--model {args.model}{dtype_option(args.dtype)}{profile_option}"
     print(f"draw with it: hack-pipelines generate {family.example} {model} --kv-budget 0.3")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .families import ClassFamily, TextFamily
-from .options import DTYPES, torch_dtype
+from .options import DTYPES, dtype_option, torch_dtype
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -65,8 +65,7 @@ def advice(folder: Path, dtype: str | None) -> str:
     if text_encoder == [None, None]:
         return "it draws from text features only: convert with --text-encoder to draw from prompts"
     family = ClassFamily if text_encoder == "none needed" else TextFamily
-    precision = "" if dtype in (None, "fp32") else f" --dtype {dtype}"
-    return f"draw with it: hack-pipelines generate --model {folder}{precision} {family.example}"
+    return f"draw with it: hack-pipelines generate --model {folder}{dtype_option(dtype)} {family.example}"
 
 
 def read_json(path: Path) -> Any:

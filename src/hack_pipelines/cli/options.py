@@ -131,6 +131,11 @@ def read_prompts_file(path: Path | None) -> list[str]:
     return texts
 
 
+def dtype_option(name: str | None) -> str:
+    """How to type a choice of `--dtype` again, in an advice; nothing for the default."""
+    return "" if name in (None, "fp32") else f" --dtype {name}"
+
+
 def torch_dtype(name: str | None) -> "torch.dtype | None":
     """The dtype of a choice of `--dtype`."""
     import torch
