@@ -287,7 +287,8 @@ def test_others_add_to_the_same_folder(model, tmp_path):
 def test_other_settings_are_refused(model, tmp_path, capsys):
     assert compare(model, tmp_path, ["random"], 0.3) == 0
     assert refused(capsys, model, tmp_path, ["random"], 0.5, "--seed", "1") == (
-        f"{tmp_path} holds results with other settings: seed was 0 and is now 1. Name another folder, or remove this one."
+        f"{tmp_path} holds results with other settings: seed was 0 and is now 1. Give `--seed 0` to go on with it, or "
+        "name another folder."
     )
     assert "inputs[0] was 1 and is now 4." in refused(
         capsys, model, tmp_path, ["random"], 0.5, "--prompts-file", prompts_file(tmp_path, "lighthouse")

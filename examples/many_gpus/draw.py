@@ -26,7 +26,8 @@ def main():
         images = pipe(prompts, generator=generators, kv_budget=SETTINGS["kv_budget"]).images
         for index in folder.missing(batch):
             folder.save(index, PROMPTS[index], images[index - batch.start], {"prompt": PROMPTS[index], **SETTINGS})
-    print(f"process {worker.index} of {worker.count}: {len(batches)} batches; missing: {folder.write_manifest()}")
+    folder.write_manifest()
+    print(f"process {worker.index} of {worker.count}: {len(batches)} batches; missing: {len(folder.missing())}")
 
 
 if __name__ == "__main__":

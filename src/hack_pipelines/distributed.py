@@ -8,6 +8,7 @@ interruption. Processes talk to each other once, at the start: nobody waits for 
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class PictureFolder(ResultFolder):
             self.manifest.unlink(missing_ok=True)
 
     def has_results(self) -> bool:
-        return bool(self._files("json"))
+        return bool(self._files()["json"])
 
     def may_become(self, name: str, earlier: dict[str, Any], wanted: dict[str, Any]) -> bool:
         """A list may grow at its end, by whole batches."""
@@ -145,10 +146,10 @@ class PictureFolder(ResultFolder):
         return True
 
     def missing(self, indices: Iterable[int] | None = None) -> list[int]:
-        """Those of some indices, or of all, whose picture or record is not there."""
-        pictures, records = self._files("png"), self._files("json")
+        """Those of some indices, or of all, whose picture or record is not there. Reads the whole folder's list of files."""
+        files = self._files()
         wanted = range(len(self.inputs)) if indices is None else indices
-        return [index for index in wanted if index not in pictures or index not in records]
+        return [index for index in wanted if index not in files["png"] or index not in files["json"]]
 
     def unfinished_batches(self) -> list[range]:
         """Indices of every batch of which a picture is missing. It has to be drawn whole."""
@@ -176,26 +177,31 @@ class PictureFolder(ResultFolder):
         replace_file(path.with_suffix(".json"), lambda new: new.write_text(line, encoding="utf-8"))
         replace_file(path, lambda new: image.save(new, format="PNG"))
 
-    def write_manifest(self) -> int:
+    def write_manifest(self) -> bool:
         """
         Put all records into one file, if all pictures are there. Called by every process at its end, the last finds them.
 
         Returns:
-            `int`: how many pictures are missing.
+            `bool`: whether this process has written it. Otherwise pictures are missing, or another process was faster.
         """
-        missing = len(self.missing())
-        if not missing:
-            lines = [path.read_text(encoding="utf-8") for _, path in sorted(self._files("json").items())]
-            replace_file(self.manifest, lambda new: new.write_text("".join(lines), encoding="utf-8"))
-        return missing
+        if self.missing():
+            return False
+        lines = [path.read_text(encoding="utf-8") for _, path in sorted(self._files()["json"].items())]
+        # Reading takes seconds where the list is long, and processes of equal shares end together.
+        if self.manifest.is_file() and self.manifest.stat().st_size:
+            return False
+        replace_file(self.manifest, lambda new: new.write_text("".join(lines), encoding="utf-8"))
+        return True
 
-    def _files(self, ending: str) -> dict[int, Path]:
-        """The files of all pictures that end so."""
-        found = {}
-        for path in self.path.iterdir():
-            match = re.fullmatch(rf"(\d{{5,}})-.+\.{ending}", path.name)
-            if match:
-                found[int(match[1])] = path
+    def _files(self) -> dict[str, dict[int, Path]]:
+        """The files of all pictures, `"png"`, and of all records, `"json"`."""
+        found: dict[str, dict[int, Path]] = {"png": {}, "json": {}}
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                match = re.fullmatch(r"(\d{5,})-.+\.(png|json)", entry.name)
+                # A power failure can leave empty files, where a file system does not keep its promises.
+                if match and entry.stat().st_size:
+                    found[match[2]][int(match[1])] = Path(entry.path)
         return found
 
 

@@ -1,5 +1,6 @@
 """Folders that results are collected in, by several runs and several processes at once."""
 
+import errno
 import json
 import os
 import socket
@@ -8,6 +9,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+class OtherSettings(ValueError):
+    """
+    A folder has results that were made with other settings.
+
+    Args:
+        path (`Path`):
+            The folder.
+        name (`str`):
+            The first setting that differs.
+        earlier (`Any`):
+            What it was.
+        wanted (`Any`):
+            What it would be now.
+    """
+
+    def __init__(self, path: Path, name: str, earlier: Any, wanted: Any):
+        self.path, self.name, self.earlier, self.wanted = path, name, earlier, wanted
+        self.fact = f"{path} holds results with other settings: {first_difference(name, earlier, wanted)}."
+        super().__init__(f"{self.fact} Give the earlier value to go on with it, or name another folder.")
 
 
 @dataclass(frozen=True)
@@ -37,7 +59,7 @@ class ResultFolder(ABC):
                 Anything that JSON can hold, by name.
 
         Raises:
-            `ValueError`: if there are results with others; the message names the first difference.
+            [`OtherSettings`], a `ValueError`: if there are results with others; the message names the first difference.
         """
         path = self.path / "settings.json"
         wanted = json.loads(json.dumps(settings))
@@ -45,11 +67,7 @@ class ResultFolder(ABC):
         if earlier is not None and self.has_results():
             for name in (*wanted, *earlier):
                 if earlier.get(name) != wanted.get(name) and not self.may_become(name, earlier, wanted):
-                    raise ValueError(
-                        f"{self.path} holds results with other settings: "
-                        f"{first_difference(name, earlier.get(name), wanted.get(name))}. Name another folder, or remove "
-                        "this one."
-                    )
+                    raise OtherSettings(self.path, name, earlier.get(name), wanted.get(name))
         if earlier != wanted:
             write_json(path, wanted)
 
@@ -63,12 +81,31 @@ class ResultFolder(ABC):
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]):
-    """Write a file elsewhere and move it to its name when it is complete, so that nobody reads half of it."""
+    """
+    Write a file elsewhere and move it to its name when it is complete, so that nobody reads half of it.
+
+    Args:
+        path (`Path`):
+            The file.
+        write (`Callable`):
+            Writes to the path that it is given.
+
+    Raises:
+        `OSError`: if it cannot be written; the error names the file.
+    """
     # Machines that share a folder have processes of the same number.
     new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         write(new)
+        # Otherwise a power failure can leave the name without the contents.
+        with new.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(new, path)
+    except OSError as error:
+        if error.filename is None:
+            # A full disk does not say whose.
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        raise
     finally:
         new.unlink(missing_ok=True)
 

@@ -60,7 +60,8 @@ def test_folder_of_prompts_is_taken_up_again(folders, tmp_path, capsys):
     settings = records[0]["settings"]
     assert settings["grid"] == [4, 8] and settings["negative_prompt"] == "blurry" and settings["kv_budget"] == 18
     assert settings["sampling"] == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 8, "top_p": 1.0}
-    assert settings["method"].startswith("LineAR(")
+    assert settings["method"] == "linear_ar:anchors=1,recent=1,observe=8"
+    assert records[0]["model"]["head_profile"] is None
     assert records[0]["cache"]["peak_tokens"] == records[0]["unconditional_cache"]["peak_tokens"] == 18
     # What is missing is drawn again, and is what it was.
     picture = folder / records[2]["file"]

@@ -1,18 +1,16 @@
 """The command line `hack-pipelines`, one file a subcommand."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from . import app, calibrate, compare, convert, demo, generate, memory, methods, profile
+from .errors import EXPECTED, INTERRUPTED, message_of, program, status_of
 
 
 # Modules of subcommands import torch only when they run, so that help and typing mistakes are answered at once.
 SUBCOMMANDS = (generate, demo, app, convert, calibrate, profile, methods, compare, memory)
-INTERRUPTED = 130
-BAD_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,26 +22,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             What comes after the program's name; that of the process by default.
 
     Returns:
-        `int`: exit status: what the subcommand returned or 0, 2 after bad input, 130 after an interrupt.
+        `int`: exit status: what the subcommand returned or 0, 2 after bad input, 1 after an error that the machine or the
+        network is to blame for, 130 after an interrupt.
     """
     args = build_parser().parse_args(argv)
     try:
         status = args.run(args)
-    except KeyboardInterrupt:
-        print(f"{program()}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        # A subcommand may say what there is by now.
+        print(": ".join((program(), "interrupted", *map(str, interrupt.args))), file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
+    except EXPECTED as error:
         if args.debug:
             raise
-        print(f"{program()}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        print(f"{program()}: error: {message_of(error, args)}", file=sys.stderr)
+        # Where 1 has a meaning of its own, the subcommand says what stands for all errors.
+        return getattr(args, "status_of_errors", status_of(error))
     return status or 0
-
-
-def program() -> str:
-    """The program's name before a message, with the number of the process where a launcher has started several."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    return f"hack-pipelines, process {os.environ.get('RANK', 0)} of {processes}" if processes > 1 else "hack-pipelines"
 
 
 def build_parser() -> argparse.ArgumentParser:

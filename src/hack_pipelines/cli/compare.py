@@ -167,7 +167,8 @@ def measure(study: Any, args: argparse.Namespace):
 def identity(args: argparse.Namespace) -> dict[str, Any]:
     """What belongs to the settings of a folder besides those of the study."""
     names = ("model", "variant", "dtype", "device", "head_profile", "held_out", "metrics", "reference_images")
-    return {name: None if getattr(args, name) is None else str(getattr(args, name)) for name in names}
+    values = {name: getattr(args, name) for name in names}
+    return {name: value if value is None or isinstance(value, list) else str(value) for name, value in values.items()}
 
 
 def choose_inputs(family: Family, texts: Sequence[str], held_out: "HeldOut | None", images: int) -> list[int | str]:

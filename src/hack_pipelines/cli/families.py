@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..cache.report import CacheReport
     from ..integrations.next_token import NextTokenPipeline
+    from ..methods import Method
     from ..pipelines import HackVARPipeline
 
 
@@ -80,9 +81,22 @@ class Family(ABC):
         """What each cache of a call held."""
         return {"cache": output.cache_report}
 
+    def method(self, arguments: dict[str, Any]) -> "Method":
+        """The method of a call with some keyword arguments."""
+        from ..methods import get_method
+
+        return get_method(arguments["method"])
+
+    def head_profile(self, arguments: dict[str, Any]) -> str | None:
+        """Whose head profile a call with some keyword arguments plans with, where none was typed; `None` if it needs none."""
+        budgeted = arguments.get("kv_budget") is not None or arguments.get("attention_budget") is not None
+        if not budgeted or not self.method(arguments).needs_profile:
+            return None
+        return "made on the spot" if self.pipe.head_profile is None else "the model's own"
+
     def resolved(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What a call with some keyword arguments does, with the model's own values for all that was not given."""
-        from ..methods import get_method
+        from ..methods.spec import method_text
         from ..schedule import Schedule
 
         sampling = {name: arguments[name] for name in SAMPLING_ARGUMENTS if name in arguments}
@@ -91,7 +105,7 @@ class Family(ABC):
             sampling["schedule"] = Schedule(sizes)
         return {
             **{name: arguments.get(name) for name in ("kv_budget", "attention_budget", "kv_dtype")},
-            "method": repr(get_method(arguments["method"])),
+            "method": method_text(self.method(arguments)),
             "sampling": asdict(self.pipe.prepare_settings(**sampling)),
             "negative_prompt": arguments.get("negative_prompt"),
             "scale_schedule": sizes,
@@ -182,13 +196,18 @@ class NextTokenFamily(Family):
         other = output.unconditional_cache_report
         return super().reports(output) | ({} if other is None else {"unconditional_cache": other})
 
-    def resolved(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def method(self, arguments: dict[str, Any]) -> "Method":
         from ..methods import RASTER_METHODS, get_method
+
+        return get_method(arguments["method"], RASTER_METHODS)
+
+    def resolved(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        from ..methods.spec import method_text
 
         sampling = {name: arguments[name] for name in SAMPLING_ARGUMENTS if name in arguments}
         return {
             "kv_budget": arguments.get("kv_budget"),
-            "method": repr(get_method(arguments["method"], RASTER_METHODS)),
+            "method": method_text(self.method(arguments)),
             "sampling": asdict(self.pipe.prepare_sampling(**sampling)),
             "negative_prompt": arguments.get("negative_prompt"),
             "grid": arguments.get("grid") or self.pipe.grid,

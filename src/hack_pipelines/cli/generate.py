@@ -25,6 +25,7 @@ from .options import (
     seeded,
 )
 from .output import PictureWriter, check_folder, in_parts
+from .progress import tell_share_done, tell_start, there, watched
 
 
 if TYPE_CHECKING:
@@ -180,19 +181,25 @@ def draw_folder(args: argparse.Namespace, texts: list[str]):
     given: list[str | None] = [*texts] or [None]
     typed = [text for text in given for _ in range(args.num_images)]
     folder = PictureFolder(args.output_dir, typed, args.batch_size, args.seed)
+    try:
+        draw_share(folder, args, texts)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"{there(folder)} are there; give the same command again to go on") from interrupt
+
+
+def draw_share(folder: PictureFolder, args: argparse.Namespace, texts: list[str]):
+    """Draw this process' part of what a folder lacks, and list the pictures if it is the last."""
     device = choose_device(args.device)
     folder.start(picture_settings(args, device))
-    worker, batches = split_work(folder.unfinished_batches(), device)
+    unfinished, listed = folder.unfinished_batches(), folder.manifest.exists()
+    worker, batches = split_work(unfinished, device)
+    if worker.is_main and unfinished:
+        tell_start(folder, len(unfinished), worker.count, args.model)
     reports = draw_batches(folder, batches, worker, args, texts) if batches else {}
-    listed = folder.manifest.exists()
-    missing, total = folder.write_manifest(), len(typed)
-    if not missing and (worker.is_main or not listed):
-        print(f"{folder.path}: {total} pictures, listed in {folder.manifest.name}")
-    elif missing and worker.is_main:
-        print(
-            f"{folder.path}: {total - missing} of {total} pictures so far. Other processes draw the rest; if they were "
-            "stopped, give the same command again"
-        )
+    if folder.write_manifest() or (worker.is_main and listed):
+        print(f"{folder.path}: {len(folder.inputs)} pictures, listed in {folder.manifest.name}")
+    elif folder.missing():
+        tell_share_done(folder, worker)
     if worker.is_main:
         print_reports(reports)
 
@@ -225,18 +232,17 @@ def draw_batches(
     folder: PictureFolder, batches: list[range], worker: Worker, args: argparse.Namespace, texts: list[str]
 ) -> "dict[str, CacheReport]":
     """Draw some batches, save those of their pictures that are missing, and tell what the caches held."""
-    from tqdm import tqdm
-
     family = BACKENDS[args.backend].load(args, worker.device)
     family.pipe.set_progress_bar_config(disable=True)
     arguments = family.call_arguments(args)
     entries = choose_inputs(family, texts, args)
     common = common_record(family, arguments, args, worker.device)
-    # None shows the bar on terminals only.
-    for batch in tqdm(batches, desc="Drawing", unit="batch", disable=None if worker.is_main else True):
+    # Nobody else draws these, and looking again at every batch would take longer the more pictures there are.
+    missing = set(folder.missing())
+    for batch in watched(folder, batches, worker):
         output = draw(family, arguments, [(args.seed + index, entries[index]) for index in batch])
         images: Any = output.images
-        for index in folder.missing(batch):
+        for index in sorted(missing.intersection(batch)):
             name = family.name(entries[index])
             record = {
                 family.input_name: entries[index],
@@ -262,7 +268,7 @@ def common_record(family: Family, arguments: dict[str, Any], args: argparse.Name
             "name": args.model,
             "variant": args.variant,
             "fingerprint": fingerprint(family.folder),
-            "head_profile": args.head_profile,
+            "head_profile": args.head_profile or family.head_profile(arguments),
             "dtype": DTYPES[args.dtype or "fp32"],
         },
         "device": torch.cuda.get_device_name(device) if on_gpu else device,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..profiles import HeadProfile
 
 DIFFERENT = 1
+TROUBLE = 2
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -46,7 +47,7 @@ def add_diff(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
         description="Print how two head profiles differ. The exit status is that of diff: 0 if they are equal, 1 if they "
         "differ, 2 if something went wrong.",
     )
-    diff.set_defaults(run=run_diff)
+    diff.set_defaults(run=run_diff, status_of_errors=TROUBLE)
     for name in ("first", "second"):
         diff.add_argument(name, metavar=name.upper(), help="folder, or repository on the Hub as 'owner/name@revision'")
     add_alpha(diff)

@@ -30,7 +30,8 @@ def parse_method(text: str, methods: Mapping[str, type[Method]]) -> Method:
     if name not in methods:
         raise ValueError(
             f"`method` must be one of {', '.join(map(repr, methods))}, also with options such as 'hack:alpha=0.4', or an "
-            f"instance of a method, but is {text!r}."
+            f"instance of a method, but is {text!r}. One of your own is known once `register_method` has run in this process: "
+            "see docs/adding-a-method.md."
         )
     # Methods are dataclasses with a default for every option, though their base class cannot say so.
     known = {field.name: field for field in fields(methods[name])}  # type: ignore[arg-type]
@@ -47,6 +48,14 @@ def parse_method(text: str, methods: Mapping[str, type[Method]]) -> Method:
             raise ValueError(f"{text!r} names the option {option!r} twice.")
         options[option] = parse_value(name, known[option], value)
     return methods[name](**options)
+
+
+def method_text(method: Method) -> str:
+    """A method as [`parse_method`] reads it, with all of its options, so that it means the same when a default changes."""
+    options = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
+    # As it is usual to write them, though capitals are read, too.
+    words = {name: str(value).lower() if value in (None, True, False) else value for name, value in options.items()}
+    return ":".join(filter(None, (method.name, ",".join(f"{name}={word}" for name, word in words.items()))))
 
 
 def parse_value(method: str, field: Field, text: str) -> Any:
