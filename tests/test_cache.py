@@ -1,7 +1,7 @@
 """What every method must show of the cache: exact when nothing leaves, within budget, freed, independent."""
 
 import weakref
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from hack_pipelines.methods import (
     HeatKV,
     LookM,
     Random,
+    Ranking,
     ScaleKV,
     ScaleWindow,
 )
@@ -228,17 +229,8 @@ def record_views(cache):
 # -- budgets and memory ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(METHODS),
-    schedules,
-    st.integers(1, 80),
-    st.integers(1, 3),
-    st.integers(1, 5),
-    st.booleans(),
-    st.integers(0, 99),
-)
-def test_stored_bytes_never_exceed_the_budget(method, schedule, budget, layers, heads, guided, seed):
+def check_bytes(method, schedule, budget, layers=2, heads=4, guided=False, seed=0):
+    """What is stored between two steps never exceeds the budget, neither in tokens nor in bytes."""
     cache, budget = make_cache(method, schedule, budget, layers, heads, guided, seed)
     for step in range(len(schedule)):
         for layer in range(layers):
@@ -260,6 +252,39 @@ def test_stored_bytes_never_exceed_the_budget(method, schedule, budget, layers, 
     assert report.bytes_allocated_peak * images <= allowed
     assert report.peak_tokens <= budget
     assert report.metadata_bytes <= 2 * layers * heads * budget * method.metadata_bytes // images
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(METHODS),
+    schedules,
+    st.integers(1, 80),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_stored_bytes_never_exceed_the_budget(method, schedule, budget, layers, heads, guided, seed):
+    check_bytes(method, schedule, budget, layers, heads, guided, seed)
+
+
+@pytest.mark.parametrize("budget", [1, 12, 17, 25, WIDE.cacheable - 1, WIDE.total])
+@every_method
+def test_every_method_keeps_small_and_large_budgets(method, budget):
+    check_bytes(method, WIDE, budget)
+
+
+@dataclass
+class Greedy(Random):
+    """Holds nearly everything, whatever it was asked for, in a plan that knows no better."""
+
+    def plan(self, geometry, budget, profile, attention_budget=None):
+        return super().plan(geometry, max(budget, geometry.schedule.cacheable - 20), profile)
+
+
+def test_a_plan_over_its_budget_is_noticed():
+    with pytest.raises(AssertionError):
+        check_bytes(Greedy(), WIDE, 12)
 
 
 def test_the_last_scale_is_never_stored():
@@ -399,6 +424,54 @@ def test_an_image_does_not_depend_on_its_batch(pipe, method):
         for ours, theirs, other in zip(both.tokens, alone.tokens, swapped.tokens, strict=True):
             assert torch.equal(ours[index], theirs[0]) and torch.equal(other[1 - index], theirs[0])
     assert both.cache_report.bytes_allocated_peak == alone.cache_report.bytes_allocated_peak
+
+
+def unlike_rows(step):
+    """Queries, keys and values of six rows: those with odd numbers are far larger than the others, and lie elsewhere."""
+    sizes, shifts = torch.tensor([[1.0, 40, 0.02, 40, 1, 40], [0.0, 3, 0, -5, 1, 4]]).view(2, 6, 1, 1, 1)
+    return [(part + shifts) * sizes for part in step_parts(WIDE, step, rows=6)]
+
+
+def outputs_of(method, budget, batch, rows, guided):
+    """What some rows of a batch get from attention, step by step."""
+    cache, _ = make_cache(method, WIDE, budget, guided=guided)
+    places = [batch.index(row) for row in rows]
+    return [attend(cache, 0, [part[batch] for part in unlike_rows(step)])[places] for step in range(len(WIDE))]
+
+
+def check_rows_are_independent(method, budget, guided):
+    """An image's rows get the same alone as first and as last of a batch with rows of quite another size."""
+    pairs = (
+        [([0, 2], [0, 1, 3, 2, 5, 1]), ([2, 4], [3, 1, 2, 5, 1, 4])]
+        if guided
+        else [([0], [0, 1, 3]), ([4], [3, 1, 4])]
+    )
+    for rows, batch in pairs:
+        alone, together = (outputs_of(method, budget, own, rows, guided) for own in (rows, batch))
+        for ours, theirs in zip(alone, together, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+@pytest.mark.parametrize("budget", [12, 30])
+@every_method
+def test_what_is_kept_does_not_depend_on_other_rows(method, budget, guided):
+    check_rows_are_independent(method, budget, guided)
+
+
+@dataclass
+class FarFromTheBatch(Random):
+    """Keeps the tokens whose values are farthest from the mean of all rows, which it must not read."""
+
+    def rank(self, view):
+        value = torch.cat((view.stored_value, view.value), dim=2)
+        return Ranking((value - value.mean((0, 2), keepdim=True)).norm(dim=-1))
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+def test_a_score_of_the_whole_batch_is_noticed(guided):
+    with pytest.raises(AssertionError, match="not close"):
+        check_rows_are_independent(FarFromTheBatch(), 12, guided)
 
 
 def test_nothing_is_left_of_earlier_calls(pipe):

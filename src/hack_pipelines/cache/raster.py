@@ -506,7 +506,10 @@ class RasterLayer:
                 ]
                 self.whole = self.evidence = None
             elif self.whole is not None and method.carries_scores:
-                self.whole.carried = method.rank(look(self.whole, self.whole.tokens)).carried
+                view = look(self.whole, self.whole.tokens)
+                ranking = method.rank(view)
+                check_ranking(method, view, ranking)
+                self.whole.carried = ranking.carried
         self._commit()
 
     def _shrunk(
