@@ -17,6 +17,7 @@ from hack_pipelines.cli import main
 from hack_pipelines.comparison import ComparisonFolder
 from hack_pipelines.comparison import report as report_module
 from hack_pipelines.comparison.folder import FULL_RUN, Run
+from hack_pipelines.comparison.plot import quality_plot
 from hack_pipelines.comparison.study import PSNR_CEILING, Study
 from hack_pipelines.comparison.table import ordered
 from hack_pipelines.evaluation import first_differing_step, psnr, ssim, teacher_forced_nll, token_agreement
@@ -200,6 +201,16 @@ def test_the_plot_is_drawn_where_matplotlib_is(compared):
     assert Image.open(compared / "quality.png").width == (6 * 2 + 3) * 150
 
 
+def test_the_largest_rise_lies_inside_the_plot():
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"method": method, "nll_rise": rise, "nll_rise_se": error, "bytes_asked": 2**20, "bytes_allocated_peak": 2**20}
+        for method, rise, error in (("a", 1.4, 0.05), ("b", -0.001, None))
+    ]
+    bottom, top = quality_plot(rows).axes[0].get_ylim()
+    assert bottom < -0.001 and top > 1.1 * 1.45
+
+
 def test_greedy_and_sampled_columns_apart(model, tmp_path):
     assert compare(model, tmp_path, ["random"], 0.3, "--sampling", "greedy") == 0
     row = rows_of(tmp_path)["random"]
@@ -216,6 +227,51 @@ def test_likelihood_alone(model, held_out, tmp_path):
     assert int(row["bytes_asked"]) == asked == int(row["bytes_allocated_peak"])
     assert row["images"] == "0" and "psnr" not in row and float(row["nll_rise"]) != 0
     assert not (tmp_path / "pictures.png").exists()
+
+
+def test_a_part_of_the_held_out_pictures(model, held_out, tmp_path, capsys):
+    """Two of five, spread over the file: the first and the third."""
+    options = ("--held-out", held_out, "--no-pictures", "--held-out-images", "2")
+    assert compare(model, tmp_path, ["random"], 0.3, *options) == 0
+    row = rows_of(tmp_path)["random"]
+    assert row["nll_images"] == "2" and "nll_rise_unseen" in row
+    pipe = HackVARPipeline.from_pretrained(model)
+    tokens = load_file(held_out)["tokens"].long()[[0, 2]]
+    figures = ComparisonFolder(tmp_path).tensors(FULL_RUN)
+    assert torch.equal(figures["nll"], teacher_forced_nll(pipe, tokens, [LABELS[0], LABELS[2]], batch_size=2))
+    assert json.loads((tmp_path / "settings.json").read_text())["held_out_images"] == 2
+    # Another number is another measure.
+    message = refused(capsys, model, tmp_path, ["random"], 0.5, *options[:-1], "3")
+    assert "held_out_images was 2 and is now 3" in message and "Give `--held-out-images 2` to go on" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--held-out-images", "2"),
+            "`--held-out-images 2` needs pictures: name a file with `--held-out`, or leave it out.",
+        ),
+        (("--held-out-images", "6"), "`--held-out-images` must be at most 5, what {} holds, but is 6."),
+    ],
+)
+def test_held_out_pictures_that_are_not_there_are_refused(held_out, tmp_path, capsys, options, message):
+    with_file = () if "name a file" in message else ("--held-out", held_out)
+    assert refused(capsys, "missing", tmp_path / "a", ["random"], 0.3, *with_file, *options) == message.format(
+        held_out
+    )
+
+
+def test_every_run_is_a_line_on_standard_error(model, held_out, tmp_path, capsys):
+    options = ("--held-out", held_out, "--no-pictures")
+    assert compare(model, tmp_path, ["random", "value_norm"], 0.3, *options) == 0
+    output = capsys.readouterr()
+    lines = [line for line in output.err.splitlines() if " of 3: " in line]
+    assert lines == ["1 of 3: full cache", "2 of 3: random at 0.3", "3 of 3: value_norm at 0.3"]
+    assert " of 3: " not in output.out
+    # What is there already is counted, and not told again.
+    assert compare(model, tmp_path, ["random", "h2o"], 0.3, *options) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if " of 3: " in line] == ["3 of 3: h2o at 0.3"]
 
 
 def test_quantised_runs_hold_more_tokens_in_the_same_bytes(model, tmp_path):
@@ -330,6 +386,9 @@ def test_without_matplotlib_it_is_said_and_the_rest_is_drawn(model, tmp_path, mo
     assert compare(model, tmp_path, ["random"], 0.3) == 0
     assert "`pip install 'hack_pipelines[plots]'`" in capsys.readouterr().err
     assert (tmp_path / "pictures.png").exists() and not (tmp_path / "quality.png").exists()
+    # Before the model is loaded: who wants the plot stops here, not after hours.
+    assert compare("missing", tmp_path / "new", ["random"], 0.3) != 0
+    assert "`pip install 'hack_pipelines[plots]'`" in capsys.readouterr().err
 
 
 def test_files_are_replaced_whole_or_not_at_all(tmp_path):

@@ -208,7 +208,7 @@ def test_measures_of_a_comparison(torchmetrics, images, clip, tmp_path, monkeypa
     heads = (folder / "results.md").read_text()
     assert all(head in heads for head in ("FID (reference images)", "LPIPS (full cache)", "CLIP score (prompts)"))
     settings = json.loads((folder / "settings.json").read_text())
-    assert settings["reference_images"] == str(images) and settings["metrics"] == "['fid', 'lpips', 'clip']"
+    assert settings["reference_images"] == str(images) and settings["metrics"] == ["fid", "lpips", "clip"]
 
 
 def test_classes_have_no_clip_score(clip, tmp_path, monkeypatch, capsys):

@@ -185,7 +185,8 @@ def test_the_reference_is_complete(wanted):
     names = set(wanted())
     assert len(names) > 10
     missing = [name for name in names if shown.get(name.rpartition(".")[2]) is not pkgutil.resolve_name(name)]
-    assert not missing
+    wanted_lines = ", ".join(f"`::: {name}`" for name in sorted(missing))
+    assert not missing, f"add {wanted_lines} to the page of docs/reference/ that it belongs on"
 
 
 @pytest.mark.parametrize(

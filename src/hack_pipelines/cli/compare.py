@@ -69,6 +69,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="pictures whose likelihood is measured: a .safetensors file with `tokens`, `labels` or prompts in a .json "
         "file of the same name, and perhaps `seen`",
     )
+    parser.add_argument(
+        "--held-out-images",
+        type=positive_int,
+        metavar="N",
+        help="so many of them, spread evenly over the file (default: all)",
+    )
     parser.add_argument("--images", type=positive_int, default=64, metavar="N", help="pictures in all (default: 64)")
     parser.add_argument(
         "--sampling",
@@ -127,7 +133,7 @@ def run(args: argparse.Namespace):
     for method in args.methods:
         get_method(method)
     get_storage(args.kv_dtype)
-    held_out = None if args.held_out is None else read_held_out(args.held_out)
+    held_out = choose_held_out(args)
     if args.metrics and args.no_pictures:
         raise ValueError("`--metrics` measures pictures, but `--no-pictures` has none drawn: leave one of them out.")
     check_folder(args.output)
@@ -156,7 +162,7 @@ def measure(study: Any, args: argparse.Namespace):
     import torch
 
     try:
-        study.run(args.methods, args.budgets)
+        study.run(args.methods, args.budgets, tell)
     except torch.OutOfMemoryError as error:
         raise MemoryError(
             f"The device is out of memory with {args.batch_size} pictures at a time: use a smaller `--batch-size` in "
@@ -164,11 +170,16 @@ def measure(study: Any, args: argparse.Namespace):
         ) from error
 
 
+def tell(text: str):
+    """A line of progress, for logs too: the tables are what standard output is for."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def identity(args: argparse.Namespace) -> dict[str, Any]:
     """What belongs to the settings of a folder besides those of the study."""
-    names = ("model", "variant", "dtype", "device", "head_profile", "held_out", "metrics", "reference_images")
-    values = {name: getattr(args, name) for name in names}
-    return {name: value if value is None or isinstance(value, list) else str(value) for name, value in values.items()}
+    names = ("model", "variant", "dtype", "device", "head_profile", "held_out", "held_out_images", "metrics")
+    values = {name: getattr(args, name) for name in (*names, "reference_images")}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def choose_inputs(family: Family, texts: Sequence[str], held_out: "HeldOut | None", images: int) -> list[int | str]:
@@ -179,6 +190,34 @@ def choose_inputs(family: Family, texts: Sequence[str], held_out: "HeldOut | Non
         return list(held_out.inputs)
     classes = family.pipe.transformer.config.get("num_classes", images)
     return family.pipe.calibration_inputs(min(images, classes))
+
+
+def choose_held_out(args: argparse.Namespace) -> "HeldOut | None":
+    """
+    The pictures of `--held-out`, or as many as `--held-out-images` says, spread evenly: files are often sorted.
+
+    Raises:
+        `ValueError`: if there are fewer, or none.
+    """
+    from ..comparison import HeldOut
+
+    count = args.held_out_images
+    if args.held_out is None:
+        if count is not None:
+            raise ValueError(
+                f"`--held-out-images {count}` needs pictures: name a file with `--held-out`, or leave it out."
+            )
+        return None
+    everything = read_held_out(args.held_out)
+    total = len(everything.tokens)
+    if count is None:
+        return everything
+    if count > total:
+        raise ValueError(f"`--held-out-images` must be at most {total}, what {args.held_out} holds, but is {count}.")
+    chosen = [number * total // count for number in range(count)]
+    inputs = [everything.inputs[number] for number in chosen]
+    seen = None if everything.seen is None else everything.seen[chosen]
+    return HeldOut(everything.tokens[chosen], inputs, seen)
 
 
 def read_held_out(path: Path) -> "HeldOut":

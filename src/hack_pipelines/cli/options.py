@@ -68,8 +68,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, head_profile: bool = Tr
         "--model",
         default="demo",
         metavar="NAME_OR_PATH",
-        help='"demo" for a small model inside the package (default: text-to-image; with `--backend transformers` it draws '
-        'classes), "demo-class" for another, a folder or Hub repository, or an original repository',
+        help='"demo" for a small text-to-image model inside the package (default), "demo-class" for one that draws classes, a '
+        "folder or Hub repository, or an original repository",
     )
     group.add_argument(
         "--variant", help="model of an original repository, such as 2b or d16, or variant of the weight files"

@@ -37,6 +37,11 @@ class Run:
         method = quote(self.method, safe="=,").replace("%3A", "+")
         return method if self.budget is None else f"{method}@{self.budget:g}"
 
+    @property
+    def title(self) -> str:
+        """A name for readers."""
+        return f"{self.method} cache" if self.budget is None else f"{self.method} at {self.budget:g}"
+
 
 FULL_RUN = Run(FULL)
 

@@ -19,6 +19,8 @@ MARKERS = "os^vDPX*"
 COLOURS = 20
 # Nats per token.
 SMALL_RISE = 0.02
+# Of a logarithmic axis, times its largest value.
+ROOM_ABOVE = 1.3
 
 
 def can_plot() -> bool:
@@ -69,7 +71,9 @@ def quality_plot(rows: Sequence[Row]):
         if name == "nll_rise":
             # Rises differ by factors of ten; near nothing their ratio means nothing.
             axes.set_yscale("symlog", linthresh=SMALL_RISE)
-            axes.set_ylim(bottom=min(-SMALL_RISE / 4, *(row[name] for row in compressed)))
+            highest = max(row[name] + (row[f"{name}_se"] or 0) for row in compressed)
+            lowest = min(row[name] for row in compressed)
+            axes.set_ylim(min(-SMALL_RISE / 4, lowest), ROOM_ABOVE * max(SMALL_RISE, highest))
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -159,7 +159,7 @@ class Study:
         """Rows of an image in the runs whose costs are reported: those of the pictures, if any are drawn."""
         return 2 if self.settings.sampling and self.pipe.prepare_settings().guided else 1
 
-    def run(self, methods: Iterable[str], budgets: Iterable[float]):
+    def run(self, methods: Iterable[str], budgets: Iterable[float], tell: Callable[[str], None] | None = None):
         """
         Make all runs that the folder does not hold yet, the full cache first, and then tables, plots and pictures.
 
@@ -168,22 +168,24 @@ class Study:
                 As [`get_method`] takes them.
             budgets (`Iterable[float]`):
                 Fractions of the full cache in (0, 1].
+            tell (`Callable[[str], None]`, *optional*):
+                Gets a line before each run that is made, such as `"3 of 11: random at 0.3"`.
         """
         methods, budgets = list(dict.fromkeys(methods)), list(dict.fromkeys(budgets))
         wanted = [FULL_RUN, *(Run(method, budget) for budget in budgets for method in methods)]
-        with bar(wanted, "runs") as progress:
-            for run in progress:
-                progress.set_postfix_str(run.name)
-                if self.folder.finished(run):
-                    continue
-                try:
-                    self.check(run)
-                except ValueError as error:
-                    self.folder.skip(run, " ".join(str(error).split()))
-                    tqdm.write(f"{run.method} at {run.budget:g} is skipped: {error}", file=sys.stderr)
-                else:
-                    self.folder.save(run, *self.measure(run))
-                write_reports(self.folder)
+        for number, run in enumerate(wanted, 1):
+            if self.folder.finished(run):
+                continue
+            if tell is not None:
+                tell(f"{number} of {len(wanted)}: {run.title}")
+            try:
+                self.check(run)
+            except ValueError as error:
+                self.folder.skip(run, " ".join(str(error).split()))
+                print(f"{run.title} is skipped: {error}", file=sys.stderr)
+            else:
+                self.folder.save(run, *self.measure(run))
+            write_reports(self.folder)
         write_reports(self.folder)
 
     def check(self, run: Run):
@@ -217,7 +219,7 @@ class Study:
     def likelihood(self, run: Run, held_out: HeldOut, costs: Costs | None) -> torch.Tensor:
         """Nats per token of every held-out picture. There is no guidance, and so one row an image."""
         size, parts = self.settings.batch_size, []
-        for start in bar(range(0, len(held_out.tokens), size), "likelihood", leave=False):
+        for start in bar(range(0, len(held_out.tokens), size), "likelihood"):
             part, begin = slice(start, start + size), time.perf_counter()
             cache = self.pipe.prepare_cache(**self.cache_options(run, 1), guided=False)
             parts.append(nll_through(cache, self.pipe, held_out.tokens[part], held_out.inputs[part]))
@@ -236,7 +238,7 @@ class Study:
         count, size, inputs = self.settings.images, self.settings.batch_size, self.settings.inputs
         options = {**self.cache_options(run, self.rows_per_image), **SAMPLING[mode][0]}
         images, tokens = [], []
-        for start in bar(range(0, count, size), f"{mode} pictures", leave=False):
+        for start in bar(range(0, count, size), f"{mode} pictures"):
             numbers, begin = range(start, min(start + size, count)), time.perf_counter()
             output = self.pipe(
                 [inputs[number % len(inputs)] for number in numbers],
@@ -380,9 +382,9 @@ def mean_and_error(name: str, values: torch.Tensor) -> dict[str, float | None]:
     return {name: mean, f"{name}_se": error}
 
 
-def bar(items: Iterable, title: str, leave: bool = True) -> tqdm:
-    """A progress bar, on terminals only."""
-    return tqdm(items, desc=title, leave=leave, disable=None)
+def bar(items: Iterable, title: str) -> tqdm:
+    """A progress bar that goes when it is full, on terminals only."""
+    return tqdm(items, desc=title, leave=False, disable=None)
 
 
 def device_name(device: torch.device) -> str:

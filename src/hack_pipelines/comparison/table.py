@@ -172,7 +172,9 @@ def shared(full: Row, rows: Sequence[Row]) -> str:
         f"The original holds {full['bytes_full_original']:,} (all tokens, keys in float32), a lossless cache "
         f"{full['bytes_full_lossless']:,} (the tokens that a later step reads). `budget` is the fraction of all tokens that "
         "every method gets in bytes, `B` the tokens per head that it holds in them, `b_N` and `b_c` their share of all "
-        "tokens and of those that a later step reads, `eta_a` the largest share of all tokens that a step attends to."
+        "tokens and of those that a later step reads, `eta_a` the largest share of all tokens that a step attends to. `peak "
+        "tokens` is the most that a head holds between two steps, a mean over layers and heads; `checkpoint peak` the most "
+        "after any layer of a step, when the layers behind it still hold what they did before."
     )
     return " ".join(parts)
 
