@@ -41,7 +41,10 @@ def start(tmp_path, monkeypatch):
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as status:
+            assert not status.code
 
     yield run
     METHODS.clear()
