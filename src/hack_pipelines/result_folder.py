@@ -59,7 +59,7 @@ class ResultFolder(ABC):
                 Anything that JSON can hold, by name.
 
         Raises:
-            [`OtherSettings`], a `ValueError`: if there are results with others; the message names the first difference.
+            `OtherSettings`: if there are results with others; the message names the first difference. It is a `ValueError`.
         """
         path = self.path / "settings.json"
         wanted = json.loads(json.dumps(settings))
