@@ -53,7 +53,7 @@ def check_address(host: str, port: int | None):
     Refuse an address that cannot be listened at, before a model is loaded for it.
 
     Raises:
-        `OSError`: if the host is none of this machine's, or the port is taken.
+        `ValueError`: if the host is none of this machine's, or the port is taken.
     """
     try:
         with socket.socket() as probe:
@@ -63,6 +63,6 @@ def check_address(host: str, port: int | None):
             probe.bind((host, port or 0))
     except OSError as error:
         address = host if port is None else f"{host}:{port}"
-        raise OSError(
+        raise ValueError(
             f"The page cannot listen at {address}: {error.strerror}. Give another `--host` or `--port`."
         ) from error
