@@ -24,9 +24,10 @@ demo: $(VENV)/.package
 app: $(VENV)/.test
 	$(BIN)/hack-pipelines app
 
-# One process a core. The tests of a file stay together, since they share what is costly to make.
+# One process a core. The tests of a file stay together, since they share what is costly to make, and files come in their
+# order: by default those with few tests, some of them long, would come last and leave all processes but one idle.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # The variable silences a notice of the theme about a MkDocs 2 that is not used here.
 notebooks: $(VENV)/.test
