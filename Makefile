@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without --no-compile pip compiles all of torch and its like; what is imported is compiled then.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: help demo app test lint style docs notebooks
