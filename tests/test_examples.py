@@ -136,6 +136,7 @@ def train(folder, *scripts):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_text_model_is_trained_exported_and_judged(folder, capsys):
     runs, output, again = folder / "text_runs", folder / "text", folder / "again"
     minutes = ("--tokenizer-minutes", 0.02, "--transformer-minutes", 0.02, "--batch-size", 2)
